@@ -1,0 +1,167 @@
+"""Let the model write one better solution of each problem from the problem and its candidates.
+
+    python refine.py --candidates runs/tiny/tiny.candidates.jsonl           the built-in tiny model
+    python refine.py --model qwen-1.5b --candidates gsm8k.candidates.jsonl --k 1 --out gsm8k.refined.jsonl
+
+The second stage of parallel self-refinement, and the whole idea of the method: a vote can only choose
+among the answers that are there, a refinement can take steps from several candidates, or find all of
+them wrong. The candidates come from sample.py, of this model or another. Read `REFINE_PROMPT` and its
+notes, then `order_and_cut`, then `main`.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from evaluate import InputError, command_line, read_jsonl, strip_thinking
+from model import generate, load, pick_device, uniforms
+from sample import SOLVE_PROMPT, add_sampling_flags, as_json, sampling_params, versions, write_rows
+
+REFINE_PROMPT = """\
+Below are a problem and {n} candidate solutions. Some or all of the candidates may be wrong.
+
+Problem:
+{problem}
+
+{candidates}
+
+Write one better solution. Use what is right in the candidates. Where they disagree, work out which is right. \
+If all of them fail, solve the problem afresh. \
+Please reason step by step, and put your final answer within \\boxed{{}}."""
+
+
+def refinement_message(problem, candidates):
+    """The user message of a refinement: `problem` and `candidates`, texts in the order in which to show them.
+
+    The wording is ours (the paper's is not public), and each sentence has its reason:
+
+    - "Some or all ... may be wrong": a model trusts what stands in its prompt; without the warning it
+      copies the majority, or the first, also when all are wrong.
+    - The problem comes before the candidates, so that these are read with the problem in mind, and the
+      instruction after them: after thousands of tokens of candidates it is what was read last.
+    - "Use what is right": steps count, not only final answers. A candidate with a wrong end may hold the
+      right beginning.
+    - "Where they disagree, work out which is right": to compare is not to vote. One candidate can be right
+      against three.
+    - "If all of them fail, solve the problem afresh": the case in which no vote can help.
+    - The last sentence is that of SOLVE_PROMPT, word for word: refinements are graded, voted on and
+      trained like solutions.
+
+    Candidates are numbered, not named or scored, and the prompt does not say which answer is the most
+    frequent: the model is to look at the work. Without a single usable candidate there is nothing to
+    refine, and the prompt is that of sample.py.
+    """
+    if not candidates:
+        return SOLVE_PROMPT.format(problem=problem)
+    shown = "\n\n".join(f"Candidate {i}:\n{text}" for i, text in enumerate(candidates, 1))
+    return REFINE_PROMPT.format(n=len(candidates), problem=problem, candidates=shown)
+
+
+def order_and_cut(row, key, tokenizer, room):
+    """What a refinement prompt shows of a row of the candidates file -> (texts, their indices, in that order).
+
+    - Thoughts (<think>...</think>) are stripped; a candidate that is empty then is not shown.
+    - The order is shuffled by `key`: models prefer some places in a list, and sampling leaves no order anyway.
+    - Together the texts have at most `room` tokens. Short candidates keep what they have and long ones share
+      the rest equally. A cut candidate loses its beginning: the answer stands at its end.
+    """
+    prompt = row.get("prompt", "")
+    texts = {i: text for i, c in enumerate(row["candidates"]) if (text := strip_thinking(c["text"], prompt))}
+    shuffled = [int(i) for i in np.argsort(uniforms(key, len(row["candidates"])), kind="stable") if int(i) in texts]
+    tokens = {i: tokenizer.encode(texts[i]) for i in shuffled}
+    if sum(map(len, tokens.values())) > room:
+        left = room
+        for place, i in enumerate(sorted(shuffled, key=lambda i: len(tokens[i]))):
+            share = max(0, left // (len(shuffled) - place) - 4)  # 4 for "..." and what the cut does to the tokens beside it
+            if len(tokens[i]) > share:
+                texts[i] = "..." + tokenizer.decode(tokens[i][len(tokens[i]) - share :])
+            left -= min(len(tokens[i]), share + 4)
+    return [texts[i] for i in shuffled], shuffled
+
+
+def refinement_prompt(row, key, tokenizer, context, reserve):
+    """A row of the candidates file -> (prompt text, token ids, order), of at most context - reserve tokens.
+
+    `order` are the indices of the candidates as the prompt shows them. InputError when nothing of the
+    candidates would fit.
+    """
+    empty = len(tokenizer.encode_chat(refinement_message(row["problem"], [""] * len(row["candidates"])))[1])
+    room = context - reserve - empty
+    while room >= 16 * len(row["candidates"]):
+        texts, order = order_and_cut(row, key, tokenizer, room)
+        text, ids = tokenizer.encode_chat(refinement_message(row["problem"], texts))
+        if len(ids) <= context - reserve:
+            return text, ids, order
+        room -= len(ids) - (context - reserve)  # tokens merge differently in their place; a little less, then
+    raise InputError(
+        f"id {row['id']!r}: the problem, {len(row['candidates'])} candidates and {reserve} new tokens do not fit the "
+        f"context of {context}; lower --max-new-tokens or show fewer candidates"
+    )
+
+
+def reserved(params, context):
+    """Tokens of the context kept for the refinement: --max-new-tokens, but never more than half."""
+    return min(params.max_new_tokens, context // 2)
+
+
+def read_candidates(path):
+    rows = read_jsonl(path, keys=("id", "problem", "candidates"))
+    for row in rows:
+        if not isinstance(row["candidates"], list) or not row["candidates"] or not all("text" in c for c in row["candidates"]):
+            raise InputError(f"{path}, id {row['id']!r}: no candidates with a text; make them with sample.py")
+    return rows
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--model", default="tiny", help="short name (see model.py), hub id or folder (default: tiny)")
+    parser.add_argument("--candidates", required=True, metavar="FILE", help="made by sample.py")
+    parser.add_argument("--k", type=int, default=1, help="refinements a problem, each with an order of its own (default: 1)")
+    parser.add_argument("--limit", type=int, help="only the first so many problems")
+    parser.add_argument("--out", help="default: FILE with .refined.jsonl for .candidates.jsonl")
+    add_sampling_flags(parser)
+    args = parser.parse_args(argv)
+    for flag in ("k", "limit", "batch_size"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+    out = args.out or f"{args.candidates.removesuffix('.jsonl').removesuffix('.candidates')}.refined.jsonl"
+
+    rows = read_candidates(args.candidates)[: args.limit]
+    device, dtype = pick_device(args.device, args.dtype)
+    model, tokenizer = load(args.model, device, dtype)
+    params = sampling_params(args, tokenizer.generation_config)
+    context = model.config.context
+    prompts = []  # for each row, for each of its k refinements: (text, token ids, order)
+    for row in rows:
+        keys = [(args.seed, str(row["id"]), "order", j) for j in range(args.k)]
+        prompts.append([refinement_prompt(row, key, tokenizer, context, reserved(params, context)) for key in keys])
+
+    def complete(batch):
+        """Refine some problems. The orders differ, so each refinement has a prompt, and one key, of its own."""
+        ids = [tokens for i in batch for _, tokens, _ in prompts[i]]
+        keys = [[(args.seed, str(rows[i]["id"]), "refine", j)] for i in batch for j in range(args.k)]
+        samples = iter(generate(model, ids, keys, params, tokenizer.stop_ids))
+        finished = []
+        for i in batch:
+            refinements = []
+            for text, _, order in prompts[i]:
+                refinements.append({**as_json(next(samples)[0], tokenizer), "order": order, "prompt": text})
+            finished.append({**rows[i], "refinements": refinements})
+        return finished
+
+    made_by = {
+        "weights": model.fingerprint(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "k": args.k,
+        "seed": args.seed,
+        "sampling": dataclasses.asdict(params),
+    }
+    tokens = {"prompt": sum(len(ids) for row in prompts for _, ids, _ in row)}
+    record = {"model": args.model, "candidates": args.candidates, "flags": vars(args), "versions": versions(), "tokens": tokens}
+    write_rows(out, rows, made_by, record, max(1, args.batch_size // args.k), complete)
+
+
+if __name__ == "__main__":
+    command_line(main)
