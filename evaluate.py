@@ -89,6 +89,11 @@ def read_json(path):
         raise InputError(f"{path}: cannot be read as JSON ({e})")
 
 
+def meta_path(out):
+    """The record beside an output: x.candidates.jsonl -> x.candidates.meta.json, folder -> folder.meta.json."""
+    return Path(str(out).removesuffix(".jsonl") + ".meta.json")
+
+
 def write_json(path, data):
     """Write `data` to `path` so that a reader sees the old file or the new one, never half of it."""
     partial = Path(f"{path}.partial")
@@ -149,7 +154,10 @@ def answer_of(completion, prompt=""):
 # Grading
 
 
-NUMBER = re.compile(r"([+-]?)(?:(\d{1,40})(?:\.(\d{1,40}))?|\\[dt]?frac\{(\d{1,40})\}\{(\d{1,40})\}|(\d{1,40})/(\d{1,40}))")
+NUMBER = re.compile(
+    r"([+-]?)(?:(\d{1,40})(?:\.(\d{1,40}))?"  # 27, 27.0
+    r"|\\[dt]?frac\{(\d{1,40})\}\{(\d{1,40})\}|(\d{1,40})/(\d{1,40}))"  # \frac{1}{2}, 1/2
+)
 
 
 def plain_number(text):
@@ -336,7 +344,7 @@ def read_refined(path):
         print(f"{path}: {len(rows) - len(graded)} of {len(rows)} problems have no answer to grade against, left out")
     if not graded:
         raise InputError(f"{path}: no problem has an answer to grade against")
-    meta = Path(path).with_suffix(".meta.json")
+    meta = meta_path(path)
     if meta.exists() and not read_json(meta).get("complete", True):
         print(f"{path}: not complete yet, {len(rows)} problems so far; run the command that makes it again")
     return graded
@@ -374,25 +382,22 @@ def report_row(name, graded, n):
 
 
 def table(rows):
-    """The rows as text, at most 100 columns wide."""
-    width = max(len("name"), *(len(row["name"]) for row in rows))
-    lines = []
+    """The rows as text, a line each."""
+    n = str(rows[0]["n"]) if len({row["n"] for row in rows}) == 1 else "N"
+    head = ["", "problems", "pass@1", f"pass@{n}", f"maj@{n}", "refined", "gap, points [95%]", "relative", "rescued"]
+    lines = [[*head, "tokens"]]
     for row in rows:
-        n, gap = row["n"], row["gap"]
-        if not lines or n != last_n:
-            head = f"{'':{width}}                                            Refinement Gap          all wrong   tokens a problem"
-            lines += [head, f"{'name':{width}}  pass@1 {f'pass@{n}':>7} {f'maj@{n}':>7} refined  points  [95% interval]  "
-                      f"relative   rescued   candidates + refinement"]
-        last_n = n
-        relative = "-" if gap["relative"] is None else f"{100 * gap['relative']:+.0f}%"
-        interval = f"[{100 * gap['ci95'][0]:+.1f}, {100 * gap['ci95'][1]:+.1f}]"
-        rescued, all_wrong = row["rescued"]["all_wrong"]
-        lines.append(
-            f"{row['name']:{width}}  {row['pass@1']:6.1%} {row[f'pass@{n}']:7.1%} {row[f'maj@{n}']:7.1%} {row['refined']:7.1%} "
-            f"{100 * gap['points']:+7.1f} {interval:>15} {relative:>9} {f'{rescued:g}/{all_wrong}':>9} "
-            f"{row['tokens']['candidates']:8.0f} + {row['tokens']['refinement']:.0f}"
-        )
-    return "\n".join(lines)
+        gap, (rescued, all_wrong) = row["gap"], row["rescued"]["all_wrong"]
+        low, high = gap["ci95"]
+        rates = (row["pass@1"], row[f"pass@{row['n']}"], row[f"maj@{row['n']}"], row["refined"])
+        lines.append([row["name"], str(row["problems"]), *(f"{rate:.1%}" for rate in rates)])
+        lines[-1].append(f"{100 * gap['points']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
+        lines[-1].append("-" if gap["relative"] is None else f"{gap['relative']:+.1%}")
+        lines[-1].append(f"{rescued:g}/{all_wrong}")
+        lines[-1].append(f"{row['tokens']['candidates']:.0f} + {row['tokens']['refinement']:.0f}")
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
+    return f"{text}\n(rescued: right refinements where all candidates are wrong; tokens a problem: candidates + refinement)"
 
 
 def figure(rows, path):
@@ -419,12 +424,22 @@ def figure(rows, path):
         left.plot([100 * min(values), 100 * max(values)], [y, y], color="0.85", linewidth=1, zorder=1)
         for (label, (marker, colour)), value in zip(styles.items(), values):
             left.plot(
-                100 * value, y, marker, color=colour, markersize=9, markeredgecolor="black", markeredgewidth=0.6,
-                label=label if y == 0 else None, linestyle="none", zorder=3 if label == "refined" else 2,
+                100 * value,
+                y,
+                marker,
+                color=colour,
+                markersize=9,
+                markeredgecolor="black",
+                markeredgewidth=0.6,
+                label=label if y == 0 else None,
+                linestyle="none",
+                zorder=3 if label == "refined" else 2,
             )
         low, high = (100 * x for x in row["gap"]["ci95"])
         points = 100 * row["gap"]["points"]
-        right.errorbar(points, y, xerr=[[points - low], [high - points]], fmt="D", color="#0b5fa5", capsize=4, markersize=7)
+        right.errorbar(
+            points, y, xerr=[[points - low], [high - points]], fmt="D", color="#0b5fa5", capsize=4, markersize=7
+        )
         right.annotate(f"{points:+.1f}", (points, y), (0, 8), textcoords="offset points", ha="center", fontsize=9)
     left.set(yticks=range(len(rows)), yticklabels=[row["name"] for row in rows], xlim=(-2, 102))
     left.set(xlabel="problems solved (%)", ylim=(len(rows) - 0.4, -0.6), title="Accuracy")
@@ -443,7 +458,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a refined file, made by refine.py; one table row each")
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="a refined file, made by refine.py; one table row each"
+    )
     parser.add_argument("--out", default=".", help="folder for report.json and figure.png")
     parser.add_argument("--time-limit", type=float, default=5.0, help="seconds for the comparison of two answers")
     args = parser.parse_args(argv)

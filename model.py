@@ -45,7 +45,6 @@ from torch import nn
 
 from evaluate import InputError, command_line, read_json
 
-
 # ------------------------------------------------------------------------------------------------
 # Config
 
@@ -93,9 +92,8 @@ class Config:
         rope["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
         rope.setdefault("original_max_position_embeddings", context)
         if rope["rope_type"] not in ("default", "linear", "llama3", "yarn"):
-            raise InputError(
-                f"config.json: RoPE of type {rope['rope_type']!r} is not known here; known: default, linear, llama3, yarn"
-            )
+            kind = rope["rope_type"]
+            raise InputError(f"config.json: RoPE type {kind!r} is not known here; known: default, linear, llama3, yarn")
         if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
             raise InputError("config.json: a partial_rotary_factor other than 1 is not known here")
 
@@ -316,31 +314,31 @@ class Decoder(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # Weights: short names, folders, the hub
 
-# short name -> where it is, the default teacher of train.py, the default training problems of train.py
+# short name -> where it is; train.py's defaults for it: teacher, training problems, learning rate
 HERE = Path(__file__).resolve().parent
 ALIASES = {
-    "tiny": (str(HERE / "tiny" / "student"), "tiny-teacher", "tiny-train"),
-    "tiny-teacher": (str(HERE / "tiny" / "teacher"), "tiny-teacher", "tiny-train"),
-    "qwen-0.5b": ("Qwen/Qwen2.5-0.5B-Instruct", "qwen-7b", "gsm8k-train"),
-    "qwen-1.5b": ("Qwen/Qwen2.5-1.5B-Instruct", "qwen-7b", "gsm8k-train"),
-    "qwen-3b": ("Qwen/Qwen2.5-3B-Instruct", "qwen-14b", "gsm8k-train"),
-    "qwen-7b": ("Qwen/Qwen2.5-7B-Instruct", "qwen-32b", "gsm8k-train"),
-    "qwen-14b": ("Qwen/Qwen2.5-14B-Instruct", "qwen-72b", "gsm8k-train"),
-    "qwen-32b": ("Qwen/Qwen2.5-32B-Instruct", "qwen-72b", "gsm8k-train"),
-    "qwen-72b": ("Qwen/Qwen2.5-72B-Instruct", "qwen-72b", "gsm8k-train"),
-    "qwen3-0.6b": ("Qwen/Qwen3-0.6B", "qwen3-8b", "gsm8k-train"),
-    "qwen3-1.7b": ("Qwen/Qwen3-1.7B", "qwen3-8b", "gsm8k-train"),
-    "qwen3-4b": ("Qwen/Qwen3-4B", "qwen3-14b", "gsm8k-train"),
-    "qwen3-8b": ("Qwen/Qwen3-8B", "qwen3-32b", "gsm8k-train"),
-    "qwen3-14b": ("Qwen/Qwen3-14B", "qwen3-32b", "gsm8k-train"),
-    "qwen3-32b": ("Qwen/Qwen3-32B", "qwen3-32b", "gsm8k-train"),
-    "llama-1b": ("meta-llama/Llama-3.2-1B-Instruct", "llama-8b", "gsm8k-train"),
-    "llama-3b": ("meta-llama/Llama-3.2-3B-Instruct", "llama-8b", "gsm8k-train"),
-    "llama-8b": ("meta-llama/Llama-3.1-8B-Instruct", "llama-8b", "gsm8k-train"),
-    "mistral-7b": ("mistralai/Mistral-7B-Instruct-v0.3", "mistral-7b", "gsm8k-train"),
-    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-1.7b", "gsm8k-train"),
-    "smollm2-360m": ("HuggingFaceTB/SmolLM2-360M-Instruct", "smollm2-1.7b", "gsm8k-train"),
-    "smollm2-1.7b": ("HuggingFaceTB/SmolLM2-1.7B-Instruct", "smollm2-1.7b", "gsm8k-train"),
+    "tiny": (str(HERE / "tiny" / "student"), "tiny-teacher", "tiny-train", 1e-3),
+    "tiny-teacher": (str(HERE / "tiny" / "teacher"), "tiny-teacher", "tiny-train", 1e-3),
+    "qwen-0.5b": ("Qwen/Qwen2.5-0.5B-Instruct", "qwen-7b", "gsm8k-train", 1e-5),
+    "qwen-1.5b": ("Qwen/Qwen2.5-1.5B-Instruct", "qwen-7b", "gsm8k-train", 1e-5),
+    "qwen-3b": ("Qwen/Qwen2.5-3B-Instruct", "qwen-14b", "gsm8k-train", 1e-5),
+    "qwen-7b": ("Qwen/Qwen2.5-7B-Instruct", "qwen-32b", "gsm8k-train", 1e-5),
+    "qwen-14b": ("Qwen/Qwen2.5-14B-Instruct", "qwen-72b", "gsm8k-train", 1e-5),
+    "qwen-32b": ("Qwen/Qwen2.5-32B-Instruct", "qwen-72b", "gsm8k-train", 1e-5),
+    "qwen-72b": ("Qwen/Qwen2.5-72B-Instruct", "qwen-72b", "gsm8k-train", 1e-5),
+    "qwen3-0.6b": ("Qwen/Qwen3-0.6B", "qwen3-8b", "gsm8k-train", 1e-5),
+    "qwen3-1.7b": ("Qwen/Qwen3-1.7B", "qwen3-8b", "gsm8k-train", 1e-5),
+    "qwen3-4b": ("Qwen/Qwen3-4B", "qwen3-14b", "gsm8k-train", 1e-5),
+    "qwen3-8b": ("Qwen/Qwen3-8B", "qwen3-32b", "gsm8k-train", 1e-5),
+    "qwen3-14b": ("Qwen/Qwen3-14B", "qwen3-32b", "gsm8k-train", 1e-5),
+    "qwen3-32b": ("Qwen/Qwen3-32B", "qwen3-32b", "gsm8k-train", 1e-5),
+    "llama-1b": ("meta-llama/Llama-3.2-1B-Instruct", "llama-8b", "gsm8k-train", 1e-5),
+    "llama-3b": ("meta-llama/Llama-3.2-3B-Instruct", "llama-8b", "gsm8k-train", 1e-5),
+    "llama-8b": ("meta-llama/Llama-3.1-8B-Instruct", "llama-8b", "gsm8k-train", 1e-5),
+    "mistral-7b": ("mistralai/Mistral-7B-Instruct-v0.3", "mistral-7b", "gsm8k-train", 1e-5),
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-1.7b", "gsm8k-train", 1e-5),
+    "smollm2-360m": ("HuggingFaceTB/SmolLM2-360M-Instruct", "smollm2-1.7b", "gsm8k-train", 1e-5),
+    "smollm2-1.7b": ("HuggingFaceTB/SmolLM2-1.7B-Instruct", "smollm2-1.7b", "gsm8k-train", 1e-5),
 }
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
@@ -381,7 +379,7 @@ def find_model(name):
             raise InputError(f"--model {name}: no such folder, hub id or short name; {hint}")
         config = hub_file(where, "config.json")
         if config is None:
-            raise InputError(f"{where}: this hub repository has no config.json, so it is no model that can be read here")
+            raise InputError(f"{where}: this hub repository has no config.json, so it is not a model folder")
         for file in TOKENIZER_FILES:
             hub_file(where, file)
         if not hub_file(where, "model.safetensors") and (index := hub_file(where, "model.safetensors.index.json")):
@@ -418,7 +416,7 @@ def load(name, device="cpu", dtype=torch.float32):
         try:
             with safe_open(folder / file, "pt", device=str(device)) as shard:
                 for key in shard.keys():
-                    # A tied output matrix is stored by some, and RoPE's angles by very old files: both follow from the rest.
+                    # Some store a tied output matrix, and very old files RoPE's angles: both follow from the rest.
                     if key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and config.tie_embeddings):
                         continue
                     found[key] = shard.get_tensor(key).to(dtype)
@@ -549,7 +547,7 @@ class Tokenizer:
         return text.replace("\ufdd0", ""), self.encode_marked(text)
 
     def encode_completion(self, text):
-        """Token ids of what a model wrote, with the id that ends it. `<think>` is a token here, `<|im_end|>` is text."""
+        """Token ids of what a model wrote, and the id that ends it. `<think>` is a token here, `<|im_end|>` text."""
         return self.encode_marked(self.defuse(text, self.special_words)) + [self.end_id]
 
     def encode(self, text):

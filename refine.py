@@ -11,7 +11,6 @@ notes, then `order_and_cut`, then `main`.
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 
@@ -59,41 +58,43 @@ def refinement_message(problem, candidates):
     return REFINE_PROMPT.format(n=len(candidates), problem=problem, candidates=shown)
 
 
-def order_and_cut(row, key, tokenizer, room):
+def shuffled(row, key):
+    """The indices of a row's candidates in an order that depends on `key` alone."""
+    return [int(i) for i in np.argsort(uniforms(key, len(row["candidates"])), kind="stable")]
+
+
+def order_and_cut(row, order, tokenizer, room):
     """What a refinement prompt shows of a row of the candidates file -> (texts, their indices, in that order).
 
     - Thoughts (<think>...</think>) are stripped; a candidate that is empty then is not shown.
-    - The order is shuffled by `key`: models prefer some places in a list, and sampling leaves no order anyway.
     - Together the texts have at most `room` tokens. Short candidates keep what they have and long ones share
       the rest equally. A cut candidate loses its beginning: the answer stands at its end.
     """
-    prompt = row.get("prompt", "")
-    texts = {i: text for i, c in enumerate(row["candidates"]) if (text := strip_thinking(c["text"], prompt))}
-    shuffled = [int(i) for i in np.argsort(uniforms(key, len(row["candidates"])), kind="stable") if int(i) in texts]
-    tokens = {i: tokenizer.encode(texts[i]) for i in shuffled}
+    texts = {i: strip_thinking(row["candidates"][i]["text"], row.get("prompt", "")) for i in order}
+    order = [i for i in order if texts[i]]
+    tokens = {i: tokenizer.encode(texts[i]) for i in order}
     if sum(map(len, tokens.values())) > room:
         left = room
-        for place, i in enumerate(sorted(shuffled, key=lambda i: len(tokens[i]))):
-            share = max(0, left // (len(shuffled) - place) - 4)  # 4 for "..." and what the cut does to the tokens beside it
+        for place, i in enumerate(sorted(order, key=lambda i: len(tokens[i]))):
+            share = max(0, left // (len(order) - place) - 4)  # 4 for "..." and for how the cut changes tokens
             if len(tokens[i]) > share:
                 texts[i] = "..." + tokenizer.decode(tokens[i][len(tokens[i]) - share :])
             left -= min(len(tokens[i]), share + 4)
-    return [texts[i] for i in shuffled], shuffled
+    return [texts[i] for i in order], order
 
 
-def refinement_prompt(row, key, tokenizer, context, reserve):
+def refinement_prompt(row, order, tokenizer, context, reserve):
     """A row of the candidates file -> (prompt text, token ids, order), of at most context - reserve tokens.
 
-    `order` are the indices of the candidates as the prompt shows them. InputError when nothing of the
-    candidates would fit.
+    The order returned lacks the candidates that are empty. InputError when nothing of the candidates would fit.
     """
     empty = len(tokenizer.encode_chat(refinement_message(row["problem"], [""] * len(row["candidates"])))[1])
     room = context - reserve - empty
     while room >= 16 * len(row["candidates"]):
-        texts, order = order_and_cut(row, key, tokenizer, room)
+        texts, shown = order_and_cut(row, order, tokenizer, room)
         text, ids = tokenizer.encode_chat(refinement_message(row["problem"], texts))
         if len(ids) <= context - reserve:
-            return text, ids, order
+            return text, ids, shown
         room -= len(ids) - (context - reserve)  # tokens merge differently in their place; a little less, then
     raise InputError(
         f"id {row['id']!r}: the problem, {len(row['candidates'])} candidates and {reserve} new tokens do not fit the "
@@ -101,15 +102,10 @@ def refinement_prompt(row, key, tokenizer, context, reserve):
     )
 
 
-def reserved(params, context):
-    """Tokens of the context kept for the refinement: --max-new-tokens, but never more than half."""
-    return min(params.max_new_tokens, context // 2)
-
-
 def read_candidates(path):
     rows = read_jsonl(path, keys=("id", "problem", "candidates"))
     for row in rows:
-        if not isinstance(row["candidates"], list) or not row["candidates"] or not all("text" in c for c in row["candidates"]):
+        if not row["candidates"] or not all(isinstance(c, dict) and "text" in c for c in row["candidates"]):
             raise InputError(f"{path}, id {row['id']!r}: no candidates with a text; make them with sample.py")
     return rows
 
@@ -118,7 +114,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--model", default="tiny", help="short name (see model.py), hub id or folder (default: tiny)")
     parser.add_argument("--candidates", required=True, metavar="FILE", help="made by sample.py")
-    parser.add_argument("--k", type=int, default=1, help="refinements a problem, each with an order of its own (default: 1)")
+    parser.add_argument("--k", type=int, default=1, help="refinements a problem, in different orders (default: 1)")
     parser.add_argument("--limit", type=int, help="only the first so many problems")
     parser.add_argument("--out", help="default: FILE with .refined.jsonl for .candidates.jsonl")
     add_sampling_flags(parser)
@@ -133,10 +129,12 @@ def main(argv=None):
     model, tokenizer = load(args.model, device, dtype)
     params = sampling_params(args, tokenizer.generation_config)
     context = model.config.context
+    reserve = min(params.max_new_tokens, context // 2)  # tokens kept for the refinement, but never more than half
     prompts = []  # for each row, for each of its k refinements: (text, token ids, order)
     for row in rows:
-        keys = [(args.seed, str(row["id"]), "order", j) for j in range(args.k)]
-        prompts.append([refinement_prompt(row, key, tokenizer, context, reserved(params, context)) for key in keys])
+        # Shuffled: models prefer some places in a list, and training on one order would teach that place.
+        orders = [shuffled(row, (args.seed, str(row["id"]), "order", j)) for j in range(args.k)]
+        prompts.append([refinement_prompt(row, order, tokenizer, context, reserve) for order in orders])
 
     def complete(batch):
         """Refine some problems. The orders differ, so each refinement has a prompt, and one key, of its own."""
@@ -159,7 +157,13 @@ def main(argv=None):
         "sampling": dataclasses.asdict(params),
     }
     tokens = {"prompt": sum(len(ids) for row in prompts for _, ids, _ in row)}
-    record = {"model": args.model, "candidates": args.candidates, "flags": vars(args), "versions": versions(), "tokens": tokens}
+    record = {
+        "model": args.model,
+        "data": args.candidates,
+        "flags": vars(args),
+        "versions": versions(),
+        "tokens": tokens,
+    }
     write_rows(out, rows, made_by, record, max(1, args.batch_size // args.k), complete)
 
 

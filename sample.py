@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from evaluate import InputError, command_line, read_json, read_jsonl, write_json
+from evaluate import InputError, command_line, meta_path, read_json, read_jsonl, write_json
 from model import HERE, SamplingParams, generate, hub_file, load, pick_device
 
 # The wording that Qwen2.5-Math made common; any instruction-tuned model follows it.
@@ -48,7 +48,7 @@ BENCHMARKS = {
     "aime24": ("HuggingFaceH4/aime_2024", "data/train-00000-of-00001.parquet"),
     "aime25": ("math-ai/aime25", "test.jsonl", "data/test-00000-of-00001.parquet"),
     "amc23": ("math-ai/amc23", "test-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"),
-    "olympiadbench": ("math-ai/olympiadbench", "test.jsonl", "test-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"),
+    "olympiadbench": ("math-ai/olympiadbench", "test.jsonl", "data/test-00000-of-00001.parquet"),
     "minerva": ("math-ai/minervamath", "test.jsonl", "data/test-00000-of-00001.parquet"),
 }
 
@@ -105,12 +105,12 @@ def add_sampling_flags(parser):
     group.add_argument("--top-p", type=float, help="keep the likeliest tokens that sum to this probability")
     group.add_argument("--top-k", type=int, help="keep this many of the likeliest tokens; 0 for all")
     group.add_argument("--min-p", type=float, help="keep tokens with this share of the likeliest one's probability")
-    group.add_argument("--max-new-tokens", type=int, help="tokens of a completion at most (2048 if nothing says otherwise)")
+    group.add_argument("--max-new-tokens", type=int, help="tokens of a completion at most (2048 if nothing else says)")
     group.add_argument("--seed", type=int, default=0, help="same seed, same samples, whatever the batch (default: 0)")
     group = parser.add_argument_group("machine")
-    group.add_argument("--batch-size", type=int, default=128, help="sequences decoded together; lower it if memory runs out (default: 128)")
-    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: bfloat16 on CUDA, else float32")
-    group.add_argument("--device", default="auto", help="auto: CUDA if there is a GPU, else cpu")
+    group.add_argument("--batch-size", type=int, default=128, help="sequences decoded together (default: 128)")
+    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    group.add_argument("--device", default="auto", help="auto: CUDA (and bfloat16) if there is a GPU, else cpu")
 
 
 def sampling_params(args, defaults):
@@ -137,13 +137,24 @@ def sampling_params(args, defaults):
 # An output file that can be stopped at any moment
 
 
+def check_same(out, made_by):
+    """InputError unless the output `out`, which exists, was made by what `made_by` says."""
+    old = read_json(meta_path(out)) if meta_path(out).exists() else {}
+    for key, value in made_by.items():
+        if old.get(key) != value:
+            raise InputError(
+                f"--out {out}: exists, and was made with {key} {old.get(key)!r}, not {value!r}; "
+                "choose another --out or delete it"
+            )
+
+
 def resume(out, rows, made_by):
     """Open the output file -> the rows already in it. `made_by` is everything that its content depends on.
 
     The file grows by whole lines, in the order of `rows`. What was written by the same command is kept, a line
     that a kill tore is cut off; whatever else stands there is left alone, with an InputError.
     """
-    out, meta = Path(out), Path(out).with_suffix(".meta.json")
+    out, meta = Path(out), meta_path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         new = not out.exists() or out.stat().st_size == 0
@@ -154,23 +165,14 @@ def resume(out, rows, made_by):
     if new:
         write_json(meta, {**made_by, "complete": False})
         return []
-    old = read_json(meta) if meta.exists() else {}
-    for key, value in made_by.items():
-        if old.get(key) != value:
-            raise InputError(
-                f"--out {out}: exists, and was made with {key} {old.get(key)!r}, not {value!r}; "
-                "choose another --out or delete it"
-            )
+    check_same(out, made_by)
     content = out.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(out, len(whole))
     kept = [json.loads(line) for line in whole.decode().splitlines() if line]
-    for before, row in zip(kept, rows):
-        if any(before.get(key) != value for key, value in row.items()):
-            raise InputError(f"--out {out}: exists, and its row {before.get('id')!r} is of other data; choose another --out or delete it")
-    if len(kept) > len(rows):
-        raise InputError(f"--out {out}: exists with {len(kept)} rows, and {len(rows)} are asked for; choose another --out or delete it")
+    if len(kept) > len(rows) or any(old | row != old for old, row in zip(kept, rows)):
+        raise InputError(f"--out {out}: exists, with other or more problems in it; choose another --out or delete it")
     return kept
 
 
@@ -187,7 +189,7 @@ def write_rows(out, rows, made_by, record, per_batch, complete):
 
     old = resume(out, rows, made_by)
     kept, tokens = len(old), count(old)
-    meta = Path(out).with_suffix(".meta.json")
+    meta = meta_path(out)
     if kept == len(rows):
         print(f"{out}: complete already, {kept} problems")
     elif kept:
@@ -211,7 +213,8 @@ def write_rows(out, rows, made_by, record, per_batch, complete):
         bar.set_postfix_str(f"{tokens_now / spent:,.0f} tokens/s")
         bar.update(len(fresh))
         record["tokens"]["generated"] = tokens
-        write_json(meta, {**made_by, **record, "seconds": round(seconds + spent, 2), "complete": batch.stop == len(rows)})
+        state = {"seconds": round(seconds + spent, 2), "complete": batch.stop == len(rows)}
+        write_json(meta, {**made_by, **record, **state})
     bar.close()
 
 

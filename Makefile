@@ -1,0 +1,32 @@
+# make setup   a virtual environment in .venv with the pinned requirements
+# make demo    the whole method on the built-in tiny model, in minutes on a CPU
+# make test    the tests
+PYTHON ?= python3
+PY := .venv/bin/python
+RUN := runs/tiny
+
+setup: .venv/installed
+demo: $(RUN)/report.json
+.PHONY: setup demo test
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed-test: requirements-test.txt .venv/installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+# Each command keeps what it has: stopped and run again, the demo goes on where it was.
+$(RUN)/report.json: .venv/installed
+	$(PY) sample.py --out $(RUN)/before.candidates.jsonl
+	$(PY) refine.py --candidates $(RUN)/before.candidates.jsonl
+	$(PY) train.py
+	$(PY) sample.py --model $(RUN)/trained --out $(RUN)/after.candidates.jsonl
+	$(PY) refine.py --model $(RUN)/trained --candidates $(RUN)/after.candidates.jsonl
+	$(PY) evaluate.py $(RUN)/before.refined.jsonl $(RUN)/after.refined.jsonl --out $(RUN)
+
+test: .venv/installed-test
+	.venv/bin/ruff check .
+	$(PY) -m pytest -q
