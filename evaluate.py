@@ -208,14 +208,12 @@ class Grader:
     def ask(self, gold, answer):
         if self.worker is None:
             command = [sys.executable, __file__, "--grading-worker"]
-            self.worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self.worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
             if self.reply(60) != b"ready\n":
                 self.close()
                 raise RuntimeError("the grading process did not start; is math-verify installed?")
         try:
-            # Written without waiting: a worker that is stuck would not read a long answer.
             self.worker.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
-            self.worker.stdin.flush()
             reply = self.reply(self.limit)
         except BrokenPipeError:
             reply = None
