@@ -395,7 +395,8 @@ def table(rows):
         lines[-1].append(f"{row['tokens']['candidates']:.0f} + {row['tokens']['refinement']:.0f}")
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
-    return f"{text}\n(rescued: right refinements where all candidates are wrong; tokens a problem: candidates + refinement)"
+    note = "rescued: refined right where all candidates are wrong; tokens: candidates + refinement, a problem"
+    return f"{text}\n({note})"
 
 
 def figure(rows, path):

@@ -78,7 +78,7 @@ def make_folder(folder, kind="llama", seed=0, scale=1.0, **changes):
 
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("models") / "random", "qwen3", head_dim=16)
+    return make_folder(tmp_path_factory.mktemp("models") / "random", "qwen3", head_dim=16, max_position_embeddings=1024)
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +99,8 @@ def problem_files():
 def problems(tmp_path):
     """Seven small problems in a file."""
     path = tmp_path / "problems.jsonl"
-    rows = [{"id": f"p{i}", "problem": f"What is {i} + {i * i}?", "answer": str(i + i * i), "level": i} for i in range(7)]
+    rows = [
+        {"id": f"p{i}", "problem": f"What is {i} + {i * i}?", "answer": str(i + i * i), "level": i} for i in range(7)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

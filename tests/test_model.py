@@ -60,7 +60,7 @@ def ragged(vocab, lengths, seed=0):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_equal_transformers(kind, tmp_path):
-    """Guards against: a forgotten bias or norm, RoPE in the wrong planes or scaling, a window off by one, wrong groups."""
+    """Guards against: a forgotten bias or norm, RoPE in the wrong planes, a window off by one, wrong groups."""
     name, changes = KINDS[kind]
     folder = make_folder(tmp_path / "model", name, **changes)
     model, _ = m.load(folder)
@@ -138,14 +138,14 @@ SETTINGS = {
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_sampler_equals_oracle(setting, random_model):
-    """Guards against: a filter in the wrong order or keeping one token too few, stop ids missed, a wrong log-probability."""
+    """Guards against: a filter out of order or off by one token, stop ids missed, a wrong log-probability."""
     model, _ = m.load(random_model)
     stops = list(range(2, 14))  # many stop ids: rows end at different steps and leave the batch
     check_against_oracle(model, [3, 31, 12, 7], m.SamplingParams(max_new_tokens=40, **SETTINGS[setting]), stops, n=3)
 
 
 def test_sample_depends_on_its_key_alone(random_model):
-    """Guards against: one random stream for the batch, so that a neighbour, the order or the batch size changes a text."""
+    """Guards against: one random stream for the batch, so that a neighbour, the order or the batch size changing it."""
     model, _ = m.load(random_model)
     params = m.SamplingParams(max_new_tokens=30)
     prompts = [list(range(10, 10 + n)) for n in (4, 20, 9)]
@@ -164,7 +164,9 @@ def test_prompt_is_read_once_for_all_its_samples(random_model, monkeypatch):
     """Guards against: N copies of a prompt in the prefill."""
     model, _ = m.load(random_model)
     read, forward = [], m.Decoder.forward
-    monkeypatch.setattr(m.Decoder, "forward", lambda self, ids, *a, **k: (read.append(ids.shape), forward(self, ids, *a, **k))[1])
+    monkeypatch.setattr(
+        m.Decoder, "forward", lambda self, ids, *a, **k: (read.append(ids.shape), forward(self, ids, *a, **k))[1]
+    )
     m.generate(model, [list(range(5, 45))], [[(0, 0, j) for j in range(16)]], m.SamplingParams(max_new_tokens=2), [2])
     assert read == [(1, 40), (16, 1)]
 
@@ -184,10 +186,10 @@ def test_sampled_frequencies_follow_the_distribution():
 
 def test_context_ends_a_completion(random_model):
     model, _ = m.load(random_model)
-    [[c]] = m.generate(model, [[5] * 250], [[(0, 0, 0)]], m.SamplingParams(max_new_tokens=50), [])
+    [[c]] = m.generate(model, [[5] * 1018], [[(0, 0, 0)]], m.SamplingParams(max_new_tokens=50), [])
     assert len(c.ids) == 6 and c.finish_reason == "length"
-    with pytest.raises(InputError, match="256 tokens, and the model's context 256"):
-        m.generate(model, [[5] * 256], [[(0, 0, 0)]], m.SamplingParams(), [2])
+    with pytest.raises(InputError, match="1024 tokens, and the model.s context 1024"):
+        m.generate(model, [[5] * 1024], [[(0, 0, 0)]], m.SamplingParams(), [2])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -255,7 +257,7 @@ def test_real_control_tokens_stay_text(real_model):
 
 
 def test_templates(tmp_path, random_model):
-    """Guards against: a template program that gets out of the sandbox; a date in the prompt; a named list of templates."""
+    """Guards against: a template program that gets out of the sandbox; a date in the prompt; named templates."""
     import shutil
 
     folder = tmp_path / "model"
