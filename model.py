@@ -38,9 +38,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
 import numpy as np
+import tokenizers
 import torch
 import torch.nn.functional as F
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from evaluate import InputError, command_line, read_json
@@ -345,11 +350,13 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 def hub_file(repo, name, kind="model"):
     """Download one file of a hub repository (or find it in the cache); None when the repository lacks it."""
-    from huggingface_hub import errors, hf_hub_download  # slow to import, and local folders do without
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache  # slow to import
 
     try:
         return Path(hf_hub_download(repo, name, repo_type=kind))
-    except errors.LocalEntryNotFoundError as e:  # before EntryNotFoundError, its parent: no answer at all
+    except errors.LocalEntryNotFoundError as e:  # no network; the cache may know that there is no such file
+        if try_to_load_from_cache(repo, name, repo_type=kind) is not None:
+            return None
         reason = e
     except errors.EntryNotFoundError:
         return None
@@ -396,8 +403,6 @@ def load(name, device="cpu", dtype=torch.float32):
 
     Only safetensors are read. InputError where something is missing, spare, misshapen or unknown.
     """
-    from safetensors import SafetensorError, safe_open
-
     folder = find_model(name)
     config = Config.from_dict(read_json(folder / "config.json"))
     files = ["model.safetensors"]
@@ -441,8 +446,6 @@ def save(model, folder, source):
 
     Everything goes to a sibling folder first and is renamed at the end, so that `folder` is never half written.
     """
-    from safetensors.torch import save_file
-
     folder, partial = Path(folder), Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -468,15 +471,11 @@ class Tokenizer:
     """Text <-> token ids, the chat template, and the sampling defaults that a model folder carries."""
 
     def __init__(self, folder, config):
-        import tokenizers
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        folder = Path(folder)
-        self.folder = folder
-        if not (folder / "tokenizer.json").exists():
-            raise InputError(f"{folder}: no tokenizer.json, so text cannot be turned into tokens")
-        self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        folder = self.folder = Path(folder)
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as e:  # the library raises nothing more specific
+            raise InputError(f"{folder}/tokenizer.json: cannot be read ({e}), so text cannot be turned into tokens")
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         settings = read_json(p) if (p := folder / "tokenizer_config.json").exists() else {}
@@ -498,15 +497,19 @@ class Tokenizer:
 
         # A template is a program from somewhere else: it runs in jinja's sandbox. Templates that print today's
         # date get a fixed one, so that the same command gives the same prompt tomorrow.
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        loop_controls = ["jinja2.ext.loopcontrols"]
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loop_controls)
         env.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
         env.globals["strftime_now"] = lambda layout: {"%d %b %Y": "26 Jul 2024"}.get(layout, "2024-07-26")
 
         def raise_exception(message):
-            raise InputError(f"{folder}: the chat template says: {message}")
+            raise jinja2.TemplateError(message)
 
         env.globals["raise_exception"] = raise_exception
-        self.template = env.from_string(source)
+        try:
+            self.template = env.from_string(source)
+        except jinja2.TemplateError as e:
+            raise InputError(f"{folder}: the chat template cannot be read: {e}")
 
         # Generation stops at any of these ids; the one that the tokenizer calls eos ends a trained completion.
         stops = defaults.get("eos_token_id", config.raw.get("eos_token_id"))
@@ -543,7 +546,10 @@ class Tokenizer:
         A problem or a candidate that spells out a control token (`<|im_end|>`) stays text.
         """
         messages = [{"role": "user", "content": self.defuse(content, self.added_words)}]
-        text = self.template.render(messages=messages, add_generation_prompt=True, **self.template_words)
+        try:
+            text = self.template.render(messages=messages, add_generation_prompt=True, **self.template_words)
+        except jinja2.TemplateError as e:
+            raise InputError(f"{self.folder}: the chat template fails: {e}")
         return text.replace("\ufdd0", ""), self.encode_marked(text)
 
     def encode_completion(self, text):

@@ -273,7 +273,7 @@ def test_templates(tmp_path, random_model):
     assert prompt_with(named) == "Hi!"
     assert prompt_with("{{ strftime_now('%d %b %Y') }}{{ eos_token }}") == "26 Jul 2024<|im_end|>"
     assert prompt_with("{% for m in messages %}{% continue %}{% endfor %}ok") == "ok"
-    with pytest.raises(Exception, match="unsafe|SecurityError"):
+    with pytest.raises(InputError, match="unsafe"):
         prompt_with("{{ ''.__class__.__mro__ }}")
     with pytest.raises(InputError, match="only tools"):
         prompt_with("{{ raise_exception('only tools') }}")

@@ -63,7 +63,8 @@ def test_files_hold_what_the_contract_says(candidates, random_model):
         assert {**before, "refinements": row["refinements"]} == row and len(row["refinements"]) == 2
         for r in row["refinements"]:
             assert list(r) == ["text", "n_tokens", "logprob", "finish_reason", "order", "prompt"]
-            shown = [r["prompt"].index(before["candidates"][i]["text"]) for i in r["order"]]
+            texts = [evaluate.strip_thinking(before["candidates"][i]["text"]) for i in r["order"]]
+            shown = [r["prompt"].index(text) for text in texts]
             assert shown == sorted(shown)  # `order` is the order in the prompt
     assert len({tuple(r["order"]) for row in refined for r in row["refinements"]}) > 3
 
@@ -158,8 +159,8 @@ def test_refinement_prompt(random_model):
     assert all(f"\\boxed{{{i}}}" in text for i in (1, 2, 3, 4)) and "z" * 90 in text
     assert 150 < text.count("x") - text.count("y") + 300 < 450  # long candidates are cut to about the same length
     assert text.endswith("\\boxed{}.<|im_end|>\n<|im_start|>assistant\n")
-    with pytest.raises(InputError, match="do not fit the context of 600"):
-        refine.refinement_prompt(long, order, tokenizer, 600, 100)
+    with pytest.raises(InputError, match="do not fit the context of 540"):
+        refine.refinement_prompt(long, order, tokenizer, 540, 100)
 
     nothing = row_of("", "<think>")
     text, _, shown = refine.refinement_prompt(nothing, [1, 0], tokenizer, 2000, 100)
