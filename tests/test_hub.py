@@ -84,9 +84,10 @@ def hub(tmp_path_factory):
 
 
 def run(hub, tmp_path, *flags):
-    cache = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    """sample.py against the hub, with a cache of its own."""
+    environment = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", **hub[0]}
     command = [sys.executable, str(ROOT / "sample.py"), *flags, "--n", "2", "--out", str(tmp_path / "out.jsonl")]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "0", **cache, **hub[0]})
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
 
 @pytest.mark.parametrize(("data", "answers"), [("math500", ["0", "1", "2"]), ("gsm8k", ["4"])])
