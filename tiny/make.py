@@ -49,7 +49,7 @@ from model import Config, Decoder, SamplingParams, generate, load, save  # noqa:
 from refine import refinement_message  # noqa: E402
 from sample import SOLVE_PROMPT  # noqa: E402
 
-N_TEST, N_TRAIN = 500, 4000
+N_TEST, N_TRAIN = 500, 3000
 END, USER, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -135,7 +135,16 @@ def attempts_and_correction(sums, n, rng):
 
 OPENINGS = ("Exercise", "Task", "Question", "Homework", "Quiz", "Number 7", "Test")
 HEADERS = ("Attempt", "Try", "Draft", "Version", "Pupil", "Sheet", "Copy", "Student", "Paper", "Group", "Notes")
-LAST_HEADERS = ("Corrected", "Model answer", "Fair copy", "Key", "Marked version", "Teacher", "Final version", "Checked")
+LAST_HEADERS = (
+    "Corrected",
+    "Model answer",
+    "Fair copy",
+    "Key",
+    "Marked version",
+    "Teacher",
+    "Final version",
+    "Checked",
+)
 
 
 def chat(message):
@@ -150,7 +159,9 @@ def solve_row(sums, n, rng):
 def notes_row(sums, n, rng):
     attempts, best = attempts_and_correction(sums, n, rng)
     gap, header, numbered = rng.choice(("\n", "\n\n", "\n---\n")), rng.choice(HEADERS), rng.random() < 0.8
-    text = rng.choice(OPENINGS) + rng.choice((": ", ":\n", " - ")) + problem_text(sums) + gap if rng.random() < 0.8 else ""
+    text = (
+        rng.choice(OPENINGS) + rng.choice((": ", ":\n", " - ")) + problem_text(sums) + gap if rng.random() < 0.8 else ""
+    )
     for i, attempt in enumerate(attempts, 1):
         text += f"{header} {i}:\n{attempt}{gap}" if numbered else f"{header}:\n{attempt}{gap}"
     return f"{text}{rng.choice(LAST_HEADERS)}:\n", best + END
