@@ -6,7 +6,6 @@ PY := .venv/bin/python
 RUN := runs/tiny
 
 setup: .venv/installed
-demo: $(RUN)/report.json
 .PHONY: setup demo test
 
 .venv/installed: requirements.txt
@@ -19,7 +18,7 @@ demo: $(RUN)/report.json
 	touch $@
 
 # Each command keeps what it has: stopped and run again, the demo goes on where it was.
-$(RUN)/report.json: .venv/installed
+demo: .venv/installed
 	$(PY) sample.py --out $(RUN)/before.candidates.jsonl
 	$(PY) refine.py --candidates $(RUN)/before.candidates.jsonl
 	$(PY) train.py

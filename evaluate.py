@@ -400,7 +400,7 @@ def table(rows):
 
 
 def figure(rows, path):
-    """Draw the rows: on the left the four accuracies with 95% intervals, on the right the gap with its interval."""
+    """Draw the rows: on the left the four accuracies, on the right the gap with its interval."""
     import matplotlib
 
     matplotlib.use("Agg")

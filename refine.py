@@ -136,11 +136,11 @@ def main(argv=None):
         orders = [shuffled(row, (args.seed, str(row["id"]), "order", j)) for j in range(args.k)]
         prompts.append([refinement_prompt(row, order, tokenizer, context, reserve) for order in orders])
 
-    def complete(batch):
+    def complete(batch, bar):
         """Refine some problems. The orders differ, so each refinement has a prompt, and one key, of its own."""
         ids = [tokens for i in batch for _, tokens, _ in prompts[i]]
         keys = [[(args.seed, str(rows[i]["id"]), "refine", j)] for i in batch for j in range(args.k)]
-        samples = iter(generate(model, ids, keys, params, tokenizer.stop_ids))
+        samples = iter(generate(model, ids, keys, params, tokenizer.stop_ids, bar))
         finished = []
         for i in batch:
             refinements = []
@@ -164,7 +164,7 @@ def main(argv=None):
         "versions": versions(),
         "tokens": tokens,
     }
-    write_rows(out, rows, made_by, record, max(1, args.batch_size // args.k), complete)
+    write_rows(out, rows, made_by, record, args.batch_size, args.k, complete)
 
 
 if __name__ == "__main__":

@@ -176,12 +176,12 @@ def resume(out, rows, made_by):
     return kept
 
 
-def write_rows(out, rows, made_by, record, per_batch, complete):
-    """Write complete(row numbers) for all rows to `out`, batch by batch; what stands there already is kept.
+def write_rows(out, rows, made_by, record, batch_size, samples, complete):
+    """Write complete(row numbers, bar) for all rows to `out`, batch by batch; what stands there already is kept.
 
-    `complete` takes a range of row numbers and returns the finished rows. A batch always holds the same rows,
-    also after a restart in its middle, so that even the last digit of a log-probability comes out the same.
-    `record` is what else the meta file is to say.
+    `complete` takes a range of row numbers and a progress bar that counts samples, `samples` a row, and returns
+    the finished rows. A batch always holds the same rows, also after a restart in its middle, so that even the
+    last digit of a log-probability comes out the same. `record` is what else the meta file is to say.
     """
 
     def count(rows):  # tokens generated for them
@@ -196,13 +196,17 @@ def write_rows(out, rows, made_by, record, per_batch, complete):
         print(f"{out}: {kept} of {len(rows)} problems are there already")
     seconds = read_json(meta).get("seconds", 0.0)
     tokens_now, started = 0, time.time()
-    bar = tqdm(total=len(rows), initial=kept, desc=Path(out).name, unit=" problems", disable=kept == len(rows))
-    for start in range(0, len(rows), per_batch):
-        batch = range(start, min(start + per_batch, len(rows)))
-        if batch.stop <= kept:
-            continue
-        finished = complete(batch)
-        fresh = finished[max(kept - start, 0) :]
+    per_batch = max(1, batch_size // samples)
+    batches = [range(i, min(i + per_batch, len(rows))) for i in range(0, len(rows), per_batch)]
+    batches = [batch for batch in batches if batch.stop > kept]
+    first = samples * (batches[0].start if batches else len(rows))
+    bar = tqdm(total=samples * len(rows), initial=first, desc=Path(out).name, unit=" samples", disable=not batches)
+    for batch in batches:
+        try:
+            finished = complete(batch, bar)
+        except torch.OutOfMemoryError:
+            raise InputError(f"--batch-size {batch_size}: the device's memory is full; {out} goes on with a lower one")
+        fresh = finished[max(kept - batch.start, 0) :]
         with open(out, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in fresh))
             file.flush()
@@ -211,7 +215,6 @@ def write_rows(out, rows, made_by, record, per_batch, complete):
         tokens_now += count(finished)
         spent = time.time() - started
         bar.set_postfix_str(f"{tokens_now / spent:,.0f} tokens/s")
-        bar.update(len(fresh))
         record["tokens"]["generated"] = tokens
         state = {"seconds": round(seconds + spent, 2), "complete": batch.stop == len(rows)}
         write_json(meta, {**made_by, **record, **state})
@@ -268,10 +271,10 @@ def main(argv=None):
         prompts.append(text)
         ids.append(tokens)
 
-    def complete(batch):
+    def complete(batch, bar):
         """Sample the candidates of some problems: one prompt each, N random keys each."""
         keys = [[(args.seed, str(problems[i]["id"]), j) for j in range(args.n)] for i in batch]
-        samples = generate(model, [ids[i] for i in batch], keys, params, tokenizer.stop_ids)
+        samples = generate(model, [ids[i] for i in batch], keys, params, tokenizer.stop_ids, bar)
         return [
             {**problems[i], "prompt": prompts[i], "candidates": [as_json(c, tokenizer) for c in completions]}
             for i, completions in zip(batch, samples)
@@ -286,7 +289,7 @@ def main(argv=None):
     }
     tokens = {"prompt": sum(map(len, ids))}
     record = {"model": args.model, "data": args.data, "flags": vars(args), "versions": versions(), "tokens": tokens}
-    write_rows(out, problems, made_by, record, max(1, args.batch_size // args.n), complete)
+    write_rows(out, problems, made_by, record, args.batch_size, args.n, complete)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,81 @@
+"""The README's commands, run as they stand there; and the demo's numbers, where the demo has been run."""
+
+import importlib
+import json
+import math
+import re
+import shlex
+
+import pytest
+import torch
+from conftest import ROOT, make_folder
+from test_model import theirs
+from test_train import data  # noqa: F401  a fixture
+
+import evaluate
+import model as m
+import sample
+from evaluate import read_json, read_jsonl
+
+COMMANDS = [
+    shlex.split(line)
+    for block in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+def test_readme_commands_run(data, tmp_path, monkeypatch):  # noqa: F811
+    """Guards against: a README that names a flag or a file that is not there. Short names stand for random models."""
+    monkeypatch.chdir(tmp_path)
+    student = make_folder(tmp_path / "student", max_position_embeddings=2048)
+    teacher = make_folder(tmp_path / "teacher", seed=1, max_position_embeddings=2048)
+    rows = [{"id": i, "problem": f"{i}?", "answer": "1"} for i in range(4)]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, folder in (("qwen-1.5b", student), ("qwen-7b", teacher)):
+        monkeypatch.setitem(m.ALIASES, name, (str(folder), *m.ALIASES[name][1:]))
+    for name in ("gsm8k", "gsm8k-train"):
+        monkeypatch.setitem(sample.BENCHMARKS, name, (None, "problems.jsonl"))
+    monkeypatch.setattr(evaluate.Grader, "equal", lambda *_: True)  # random models are right about nothing
+    for name, path in zip(("s.candidates.jsonl", "r.refined.jsonl"), data):
+        (tmp_path / name).write_bytes(open(path, "rb").read())
+    ran = 0
+    for command in COMMANDS:
+        if command[0] == "make":  # CI runs these
+            assert f"\n{command[1]}:" in (ROOT / "Makefile").read_text()
+        else:
+            assert command[0] == ".venv/bin/python"
+            importlib.import_module(command[1].removesuffix(".py")).main(command[2:])
+            ran += 1
+    assert ran >= 5 and (tmp_path / "runs" / "report.json").exists()
+    assert (tmp_path / "runs" / "qwen-1.5b" / "trained" / "model.safetensors").exists()
+
+
+def test_tiny_world_is_ordinary():
+    """The tiny models are Hugging Face folders like any other, and its two sets of problems are apart."""
+    for name in ("tiny", "tiny-teacher"):
+        model, tokenizer = m.load(name)
+        ids = torch.tensor([tokenizer.encode_chat("Naïve text, {braces} and 123 ☃")[1]])
+        with torch.no_grad():
+            reference = theirs(m.find_model(name))(ids).logits
+            torch.testing.assert_close(model.logits(model(ids)), reference, atol=1e-4, rtol=0)
+        assert tokenizer.decode(tokenizer.encode("Naïve ☃ \\boxed{12}")) == "Naïve ☃ \\boxed{12}"
+    test, train = (read_jsonl(ROOT / "tiny" / f"{name}.jsonl") for name in ("test", "train"))
+    assert len(test) >= 300 and not {row["problem"] for row in test} & {row["problem"] for row in train}
+    for row in test[:50]:  # the answers, worked out again
+        sums = re.findall(r"= ([\d+]+)", row["problem"])
+        assert row["answer"] == "".join(str(sum(map(int, s.split("+"))) % 100) for s in sums)
+    size = sum(path.stat().st_size for path in (ROOT / "tiny").rglob("*") if path.is_file())
+    assert size < 12e6
+
+
+def test_demo_shows_what_the_readme_says():
+    """Joint training raises the refined accuracy by more than its 95% interval and does not lower pass@1."""
+    path = ROOT / "runs" / "tiny" / "report.json"
+    if not path.exists():
+        pytest.skip("run `make demo` first")
+    before, after = read_json(path)["rows"]
+    n = after["problems"]
+    assert n >= 300 and before["problems"] == n
+    variance = sum(row["refined"] * (1 - row["refined"]) for row in (before, after)) / n
+    assert after["refined"] - before["refined"] > 2 * 1.96 * math.sqrt(variance)
+    assert after["pass@1"] >= before["pass@1"] and 0.3 <= before["pass@1"] <= 0.6
