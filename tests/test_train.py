@@ -216,5 +216,6 @@ def test_real_model_trains(real_model, problem_files, tmp_path):
     ids = torch.tensor([tokenizer.encode_chat("What is 2 + 2?")[1]])
     with torch.no_grad():
         ours, reference = model.logits(model(ids)), theirs(tmp_path / "t")(ids).logits
-    torch.testing.assert_close(ours, reference, atol=1e-4, rtol=0)
+    # Of 1.9 million logits of up to 30, about a hundred differ by 1.3e-4: float32 rounding in another order.
+    torch.testing.assert_close(ours, reference, atol=5e-4, rtol=0)
     assert F.cosine_similarity(ours.flatten(), m.load(real_model)[0].logits(model(ids)).flatten(), dim=0) < 1

@@ -294,7 +294,7 @@ def pretrain(name, spec, config, tokenizer, held_out):
             torch.nn.init.normal_(weight, std=std)
         (matrices if weight.dim() == 2 and "embed" not in key else others).append(weight)
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters")
-    # Muon (github.com/KellerJordan/Muon) for the matrices; without it the table of additions takes far longer.
+    # Muon (github.com/KellerJordan/Muon) for the matrices, AdamW for the rest.
     optimizers = [
         torch.optim.Muon(matrices, lr=0.02, weight_decay=0.05, momentum=0.95),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
