@@ -442,19 +442,20 @@ def load(name, device="cpu", dtype=torch.float32):
 
 
 def save(model, folder, source):
-    """Write a Hugging Face folder: weights in the type that config.json names, the rest copied from folder `source`.
+    """Write a Hugging Face folder: the weights in the type that they have, the rest copied from folder `source`.
 
     Everything goes to a sibling folder first and is renamed at the end, so that `folder` is never half written.
     """
     folder, partial = Path(folder), Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    raw = model.config.raw
-    dtype = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype") or "float32"))
+    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    raw = {**model.config.raw, "torch_dtype": dtype}
+    raw.pop("dtype", None)  # the newer name of the same
     state = model.state_dict()
     if model.config.tie_embeddings:
         state.pop("lm_head.weight")
-    state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in state.items()}
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
     (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     for name in TOKENIZER_FILES:

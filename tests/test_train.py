@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import make_folder
 from test_evaluate import refined_row, write_rows
 from test_model import theirs
@@ -216,6 +215,7 @@ def test_real_model_trains(real_model, problem_files, tmp_path):
     ids = torch.tensor([tokenizer.encode_chat("What is 2 + 2?")[1]])
     with torch.no_grad():
         ours, reference = model.logits(model(ids)), theirs(tmp_path / "t")(ids).logits
-    # Of 1.9 million logits of up to 30, about a hundred differ by 1.3e-4: float32 rounding in another order.
+        before, _ = m.load(real_model)
+        assert (ours - before.logits(before(ids))).abs().max() > 0.05  # what was learned was not rounded away
+    # Rounding: logits of up to 30 have been seen to differ by 1.3e-4, a hundred of two million.
     torch.testing.assert_close(ours, reference, atol=5e-4, rtol=0)
-    assert F.cosine_similarity(ours.flatten(), m.load(real_model)[0].logits(model(ids)).flatten(), dim=0) < 1

@@ -334,7 +334,7 @@ def main():
             # save() copies the tokenizer files from a folder other than the one it writes.
             shutil.rmtree(HERE / "source", ignore_errors=True)
             folder.rename(HERE / "source")
-            save(model, folder, HERE / "source")
+            save(model.to(torch.bfloat16), folder, HERE / "source")
             shutil.rmtree(HERE / "source")
             check(name)
 
