@@ -170,7 +170,7 @@ def resume(out, rows, made_by):
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(out, len(whole))
-    kept = [json.loads(line) for line in whole.decode().splitlines() if line]
+    kept = [json.loads(line) for line in whole.decode().split("\n") if line]
     if len(kept) > len(rows) or any(old | row != old for old, row in zip(kept, rows)):
         raise InputError(f"--out {out}: exists, with other or more problems in it; choose another --out or delete it")
     return kept
@@ -190,12 +190,18 @@ def write_rows(out, rows, made_by, record, batch_size, samples, complete):
     old = resume(out, rows, made_by)
     kept, tokens = len(old), count(old)
     meta = meta_path(out)
-    if kept == len(rows):
-        print(f"{out}: complete already, {kept} problems")
-    elif kept:
-        print(f"{out}: {kept} of {len(rows)} problems are there already")
+    if kept:
+        print(
+            f"{out}: " + (f"{kept} of {len(rows)} problems are there" if kept < len(rows) else "complete") + " already"
+        )
     seconds = read_json(meta).get("seconds", 0.0)
     tokens_now, started = 0, time.time()
+
+    def write_meta(complete):
+        record["tokens"]["generated"] = tokens
+        state = {"seconds": round(seconds + time.time() - started, 2), "complete": complete}
+        write_json(meta, {**made_by, **record, **state})
+
     per_batch = max(1, batch_size // samples)
     batches = [range(i, min(i + per_batch, len(rows))) for i in range(0, len(rows), per_batch)]
     batches = [batch for batch in batches if batch.stop > kept]
@@ -213,12 +219,11 @@ def write_rows(out, rows, made_by, record, batch_size, samples, complete):
             os.fsync(file.fileno())
         tokens += count(fresh)
         tokens_now += count(finished)
-        spent = time.time() - started
-        bar.set_postfix_str(f"{tokens_now / spent:,.0f} tokens/s")
-        record["tokens"]["generated"] = tokens
-        state = {"seconds": round(seconds + spent, 2), "complete": batch.stop == len(rows)}
-        write_json(meta, {**made_by, **record, **state})
+        bar.set_postfix_str(f"{tokens_now / (time.time() - started):,.0f} tokens/s")
+        write_meta(complete=False)
     bar.close()
+    if not read_json(meta)["complete"]:
+        write_meta(complete=True)
 
 
 def versions():

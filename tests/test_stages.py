@@ -89,18 +89,31 @@ def test_interrupted_file_is_finished_to_the_same_bytes(candidates, random_model
     meta = read_json(evaluate.meta_path(candidates))
     out = tmp_path / "x.candidates.jsonl"
     lines = whole.splitlines(keepends=True)
-    for kept in (b"", b"".join(lines[:3]), b"".join(lines[:4]) + lines[4][:50], whole[:-1]):
+    for kept in (b"", b"".join(lines[:3]), b"".join(lines[:4]) + lines[4][:50], whole[:-1], whole):
         out.write_bytes(kept)
         evaluate.write_json(evaluate.meta_path(out), {**meta, "complete": False})
         sample.main(flags(random_model, data, out))
         assert out.read_bytes() == whole
-        assert read_json(evaluate.meta_path(out))["tokens"] == meta["tokens"]
+        after = read_json(evaluate.meta_path(out))
+        assert after["tokens"] == meta["tokens"] and after["complete"]
     refined = tmp_path / "x.refined.jsonl"
     refine.main(["--model", str(random_model), "--candidates", str(out), "--batch-size", "3"])
     whole = refined.read_bytes()
     refined.write_bytes(whole[: len(whole) // 2])
     refine.main(["--model", str(random_model), "--candidates", str(out), "--batch-size", "3"])
     assert refined.read_bytes() == whole
+
+
+def test_texts_with_unicode_line_ends_are_one_line(random_model, tmp_path):
+    """Guards against: str.splitlines, which also cuts at U+2028 and U+0085, when an output is read again."""
+    rows = [{"id": i, "problem": f"a\u2028b\u0085c {i}", "answer": "1"} for i in range(3)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "problems.jsonl").write_text(text, encoding="utf-8")
+    sample.main(flags(random_model, tmp_path / "problems.jsonl", tmp_path / "out.jsonl"))
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "out.jsonl").write_bytes(whole[:-10])
+    sample.main(flags(random_model, tmp_path / "problems.jsonl", tmp_path / "out.jsonl"))
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
 
 
 def test_killed_process_goes_on(random_model, tmp_path):
