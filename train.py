@@ -66,6 +66,8 @@ def make_data(args):
     candidates, solutions = folder / "train.candidates.jsonl", folder / "teacher.candidates.jsonl"
     refinements = folder / "teacher.refined.jsonl"
     common = ["--seed", str(args.seed), "--device", args.device, "--batch-size", str(args.sample_batch_size)]
+    if args.max_new_tokens:
+        common += ["--max-new-tokens", str(args.max_new_tokens)]
     problems = ["--data", args.data] + (["--limit", str(args.limit)] if args.limit else [])
     for stage, flags in (
         (sample, ["--model", args.model, *problems, "--n", str(args.n), "--out", str(candidates)]),
@@ -250,6 +252,7 @@ def main(argv=None):
     )
     group.add_argument("--max-length", type=int, default=4096, help="tokens of prompt and completion (default: 4096)")
     group.add_argument("--sample-batch-size", type=int, default=128, help="sequences decoded together (default: 128)")
+    group.add_argument("--max-new-tokens", type=int, help="of the data that are made (default: as in sample.py)")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--device", default="auto", help="auto: CUDA if there is a GPU, else cpu")
     args = parser.parse_args(argv)
