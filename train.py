@@ -295,7 +295,7 @@ def main(argv=None):
         spent = train(model, rows, args, device, log)
     # Saved as float32: rounded to bfloat16, weights that moved by less than half a step of it would not have moved.
     save(model, out, tokenizer.folder)
-    write_json(meta_path(out), {**record, **spent, "versions": sample.versions(), "complete": True})
+    write_json(meta_path(out), {**record, "spent": spent, "versions": sample.versions(), "complete": True})
     print(f"{out}: a Hugging Face folder; losses in {out}.metrics.jsonl")
 
 

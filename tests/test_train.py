@@ -150,7 +150,7 @@ def test_trained_folder(data, tmp_path, capsys):
     lines = read_jsonl(f"{out}.metrics.jsonl")
     assert lines[-1]["loss_solve"] < 0.3 * lines[0]["loss_solve"]
     assert lines[-1]["loss_refine"] < 0.3 * lines[0]["loss_refine"]
-    assert read_json(f"{out}.meta.json")["complete"] and read_json(f"{out}.meta.json")["steps"] == 60
+    assert read_json(f"{out}.meta.json")["complete"] and read_json(f"{out}.meta.json")["spent"]["steps"] == 60
 
     model, tokenizer = m.load(out)
     ids = torch.tensor([tokenizer.encode_chat("What is 2 + 2?")[1]])
@@ -186,9 +186,13 @@ def test_missing_data_are_made_and_kept(random_model, tmp_path, monkeypatch, cap
     assert "complete already" in capsys.readouterr().out
 
 
-def test_training_on_one_task_alone(data, tmp_path):
+def test_training_on_one_task_alone(data, tmp_path, capsys):
+    """And, without --steps, a second run finds the first: the steps taken are not the steps asked for."""
     student = make_folder(tmp_path / "student", max_position_embeddings=1024)
-    train.main(["--model", str(student), "--solve", data[0], "--out", str(tmp_path / "t"), "--steps", "1"])
+    flags = ["--model", str(student), "--solve", data[0], "--out", str(tmp_path / "t"), "--epochs", "1"]
+    train.main(flags)
+    train.main(flags)
+    assert "trained already" in capsys.readouterr().out
     [line] = read_jsonl(tmp_path / "t.metrics.jsonl")
     assert line["loss_refine"] is None and math.isfinite(line["loss_solve"])
 
