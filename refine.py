@@ -16,7 +16,7 @@ import numpy as np
 
 from evaluate import InputError, command_line, read_jsonl, strip_thinking
 from model import generate, load, pick_device, uniforms
-from sample import SOLVE_PROMPT, add_sampling_flags, as_json, sampling_params, versions, write_rows
+from sample import SOLVE_PROMPT, add_sampling_flags, as_json, check_sizes, sampling_params, versions, write_rows
 
 REFINE_PROMPT = """\
 Below are a problem and {n} candidate solutions. Some or all of the candidates may be wrong.
@@ -119,9 +119,7 @@ def main(argv=None):
     parser.add_argument("--out", help="default: FILE with .refined.jsonl for .candidates.jsonl")
     add_sampling_flags(parser)
     args = parser.parse_args(argv)
-    for flag in ("k", "limit", "batch_size"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+    check_sizes(args, "k", "limit", "batch_size")
     out = args.out or f"{args.candidates.removesuffix('.jsonl').removesuffix('.candidates')}.refined.jsonl"
 
     rows = read_candidates(args.candidates)[: args.limit]

@@ -113,6 +113,13 @@ def add_sampling_flags(parser):
     group.add_argument("--device", default="auto", help="auto: CUDA (and bfloat16) if there is a GPU, else cpu")
 
 
+def check_sizes(args, *flags):
+    """InputError for a flag that counts something and is below 1."""
+    for flag in flags:
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+
+
 def sampling_params(args, defaults):
     """The flags over the model's defaults -> SamplingParams, checked."""
     values = {}
@@ -256,9 +263,7 @@ def main(argv=None):
     parser.add_argument("--out", help="default: runs/MODEL/DATA.candidates.jsonl")
     add_sampling_flags(parser)
     args = parser.parse_args(argv)
-    for flag in ("n", "limit", "batch_size"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+    check_sizes(args, "n", "limit", "batch_size")
     out = args.out or f"runs/{Path(args.model).name}/{Path(args.data).stem}.candidates.jsonl"
 
     problems = load_problems(args.data, args.limit)

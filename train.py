@@ -257,9 +257,7 @@ def main(argv=None):
     group.add_argument("--device", default="auto", help="auto: CUDA if there is a GPU, else cpu")
     args = parser.parse_args(argv)
     sizes = ("limit", "n", "epochs", "steps", "batch_size", "micro_batch_tokens", "max_length", "sample_batch_size")
-    for flag in sizes:
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+    sample.check_sizes(args, *sizes)
     _, teacher, data, lr = ALIASES.get(args.model, (None, None, "gsm8k-train", 1e-5))
     args.teacher, args.data, args.lr = args.teacher or teacher, args.data or data, args.lr or lr
     out = Path(args.out or f"runs/{Path(args.model).name}/trained")
