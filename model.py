@@ -29,13 +29,16 @@ Letters in the shape comments:
 """
 
 import argparse
+import bisect
+import ctypes
 import difflib
 import hashlib
 import json
 import math
 import os
 import shutil
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
@@ -49,6 +52,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from evaluate import InputError, command_line, read_json
+
+try:
+    from torch.nn.attention.varlen import varlen_attn  # attention over pages of a cache, from torch 2.13
+except ImportError:
+    varlen_attn = None
+FLASH_CPU = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 # ------------------------------------------------------------------------------------------------
 # Config
@@ -194,9 +203,32 @@ def rope_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Turn plane i of each head, which is its elements (i, i + D/2). x [B, heads, T, D]; cos, sin [B, 1, T, D/2]."""
-    a, b = x.chunk(2, dim=-1)  # [B, heads, T, D/2] each
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    """Turn plane i of each head, which is its elements (i, i + D/2). x [..., heads, D]; cos, sin [..., 1, D].
+
+    The turned halves are a cos - b sin and b cos + a sin: x times cos plus its halves swapped times a sin whose
+    first half is negative.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def project(x, *layers):
+    """x [..., C] -> the output of each linear layer. After `pack`, one product for all of them."""
+    packed = getattr(layers[0], "packed", None)
+    return [layer(x) for layer in layers] if packed is None else packed(x)
+
+
+def attend_causal(attention, q, k, v):
+    """Whole sequences that attend to themselves: q [B, T, H, D], k and v [B, T, K, D] -> [B, T, H, D]."""
+    T, groups, window = q.shape[1], q.shape[2] // k.shape[2], attention.window
+    k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)  # [B, T, H, D]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T, D]
+    if window is None or T <= window:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    else:
+        i = torch.arange(T, device=q.device)
+        back = i[:, None] - i[None, :]  # [T, T], how far each query looks back
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=(back >= 0) & (back < window))
+    return y.transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -213,32 +245,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, positions, cos, sin, cache, visible):
-        B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # [B, K, T, D]
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, D]
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            cache.write(self.layer, k, v, None if visible is None else positions)
-        if cache is None or visible is None:  # whole sequences from position 0: they attend to themselves
-            groups = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # [B, H, T, D]
-            if self.window is None or T <= self.window:
-                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [B, H, T, D]
-            else:
-                i = torch.arange(T, device=x.device)
-                back = i[:, None] - i[None, :]  # [T, T], how far each query looks back
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=(back >= 0) & (back < self.window))
-        else:  # one new token a row, attending to the cache
-            k, v = cache.k[self.layer, :, :, :visible], cache.v[self.layer, :, :, :visible]  # [B, K, S, D]
-            back = positions - torch.arange(visible, device=x.device)  # [B, S]
-            mask = back >= 0 if self.window is None else (back >= 0) & (back < self.window)
-            # The G query heads of a key head become the rows of one product: no key is repeated.
-            q = q.view(B, k.shape[1], -1, self.head_dim)  # [B, H, 1, D] -> [B, K, G, D]
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])  # [B, K, G, D]
-            y = y.reshape(B, -1, 1, self.head_dim)  # [B, H, 1, D]
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # [B, T, H * D] -> [B, T, C]
+    def forward(self, x, cos, sin, attend):
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)  # [..., H * D], [..., K * D] twice
+        q = self.q_norm(q.unflatten(-1, (-1, self.head_dim)))  # [..., H, D]
+        k = self.k_norm(k.unflatten(-1, (-1, self.head_dim)))  # [..., K, D]
+        v = v.unflatten(-1, (-1, self.head_dim))  # [..., K, D]
+        y = attend(self, rotate(q, cos, sin), rotate(k, cos, sin), v)  # [..., H, D]
+        [y] = project(y.flatten(-2), self.o_proj)  # [..., H * D] -> [..., C]
+        return y
 
 
 class MLP(nn.Module):
@@ -251,7 +265,9 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.mlp_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # [B, T, F] -> [B, T, C]
+        gate, up = project(x, self.gate_proj, self.up_proj)  # [..., F] each
+        [y] = project(F.silu(gate) * up, self.down_proj)  # [..., F] -> [..., C]
+        return y
 
 
 class Block(nn.Module):
@@ -287,25 +303,25 @@ class Decoder(nn.Module):
         # Stays float32 whatever the weights are: in bfloat16, position 10,001 would equal position 10,000.
         self.register_buffer("rope_freq", freq, persistent=False)
 
-    def forward(self, ids, positions=None, cache=None, visible=None):
-        """ids [B, T] -> hidden states [B, T, C].
+    def forward(self, ids, positions=None, attend=attend_causal):
+        """ids [..., T] -> hidden states [..., T, C].
 
-        Without a cache, or with an empty one, rows are whole sequences from position 0, padded on the right.
-        With `visible`, each row has one new token (T = 1) at `positions` [B, 1] and attends to the first
-        `visible` slots of the cache, as far as its own position.
+        As it stands, ids [B, T] are whole sequences from position 0, padded on the right. The sampler gives
+        `positions` and an `attend` of its own: all tokens of a step in one flat row, and attention to the cache.
         """
         if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device)[None]  # [1, T]
-        x = self.model.embed_tokens(ids)  # [B, T, C]
-        angles = positions[:, None, :, None].float() * self.rope_freq  # [B, 1, T, D/2]
-        cos, sin = (angles.cos() * self.rope_factor).to(x.dtype), (angles.sin() * self.rope_factor).to(x.dtype)
+            positions = torch.arange(ids.shape[-1], device=ids.device)  # [T]
+        x = self.model.embed_tokens(ids)  # [..., T, C]
+        angles = positions[:, None, None].float() * self.rope_freq  # [T, 1, D/2]
+        cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
+        cos, sin = torch.cat([cos, cos], -1).to(x.dtype), torch.cat([-sin, sin], -1).to(x.dtype)  # [T, 1, D]
         for block in self.model.layers:
-            x = block(x, positions, cos, sin, cache, visible)
+            x = block(x, cos, sin, attend)
         return self.model.norm(x)
 
     def logits(self, hidden):
         """hidden [..., C] -> logits [..., V]."""
-        return self.lm_head(hidden)
+        return project(hidden, self.lm_head)[0]
 
     def fingerprint(self):
         """A short hash that tells two sets of weights apart: of all norms and biases and the first embedding."""
@@ -570,28 +586,6 @@ class Tokenizer:
 # Sampling
 
 
-class KVCache:
-    """Keys and values of every layer, [L, B, K, S, D] each: slot s of row b is that row's position s.
-
-    Rows are of different lengths, so each has its own next position; what lies beyond it is never looked at.
-    """
-
-    def __init__(self, k, v):
-        self.k, self.v = k, v
-
-    def write(self, layer, k, v, positions=None):
-        """Put k, v [B, K, T, D] at the start of each row, or with `positions` [B, 1] one token a row there."""
-        if positions is None:
-            self.k[layer, :, :, : k.shape[2]], self.v[layer, :, :, : v.shape[2]] = k, v
-        else:
-            row, slot = torch.arange(len(k), device=k.device), positions[:, 0]
-            self.k[layer][row, :, slot], self.v[layer][row, :, slot] = k[:, :, 0], v[:, :, 0]  # [B, K, D] each
-
-    def rows(self, index):
-        """The cache of some rows, a view for a slice and a copy for a tensor of row numbers."""
-        return KVCache(self.k[:, index], self.v[:, index])
-
-
 @dataclass
 class SamplingParams:
     """How to draw a token. The defaults are those of the plain model distribution."""
@@ -610,126 +604,580 @@ class Completion:
     finish_reason: str  # "stop", or "length" when max_new_tokens or the context was used up
 
 
-def uniforms(key, n):
-    """n numbers in [0, 1) that depend on nothing but `key`, a tuple such as (seed, problem id, sample index)."""
+def random_stream(key):
+    """A generator that depends on nothing but `key`, a tuple such as (seed, problem id, sample index)."""
     words = hashlib.sha256(json.dumps(key).encode()).digest()[:16]
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(words, "little"))).random(n, dtype=np.float32)
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(words, "little")))
+
+
+def uniforms(key, n):
+    """The first n numbers in [0, 1) of the stream of `key`."""
+    return random_stream(key).random(n, dtype=np.float32)
+
+
+def threshold(probs, params):
+    """probs [B, V] -> [B, 1], the smallest probability that top-k, top-p and min-p let through (in that order).
+
+    Tokens that are exactly as likely as the last one pass with it. Nothing is sorted whole but the rows in which
+    the likeliest 128 tokens hold less than top-p: for one row of 152k entries a sort takes as long as all else.
+    """
+    top = probs.topk(min(params.top_k or 128, probs.shape[-1])).values  # [B, k], likeliest first
+    lowest = top[:, -1:] if params.top_k else torch.zeros_like(top[:, :1])
+    if params.top_p < 1:
+        # A token passes while the sum before it is below top-p of what top-k has left.
+        enough = params.top_p * (top.sum(-1, keepdim=True) if params.top_k else 1.0)
+        sums = top.cumsum(-1)
+        lowest = torch.where(sums - top < enough, top, 2.0).amin(-1, keepdim=True)
+        short = [] if params.top_k else (sums[:, -1] < enough).nonzero()[:, 0]  # waits for the device, once a step
+        if len(short):
+            # numpy sorts with the CPU's vector instructions, ten times as fast as torch.
+            rows = probs[short]
+            rows = torch.from_numpy(np.sort(rows.numpy())) if rows.is_cpu else rows.sort().values
+            rows = rows.flip(-1)
+            lowest[short] = torch.where(rows.cumsum(-1) - rows < enough, rows, 2.0).amin(-1, keepdim=True)
+    return torch.maximum(lowest, params.min_p * top[:, :1])
 
 
 def sample_token(logits, u, params):
-    """logits [B, V], u [B] in [0, 1) -> token ids [B], by inverting the cumulative distribution at u.
+    """logits [B, V] float32 (overwritten), u [B] in [0, 1) -> (token ids [B], their log p at temperature 1 [B]).
 
-    One random number a row, instead of V of them for a Gumbel or multinomial draw, is what lets a
-    sample's randomness be drawn beforehand from its key. The filters come in the order of Hugging
-    Face's: temperature, top-k, top-p, min-p.
+    Draws by inverting the cumulative distribution at u, over the vocabulary in its own order. One random
+    number a row, instead of V of them for a Gumbel or multinomial draw, is what lets a sample's randomness
+    be drawn beforehand from its key.
     """
+    norm = 0.0 if params.temperature == 1 else logits.logsumexp(-1, keepdim=True)  # [B, 1]
     if params.temperature == 0:
-        return logits.argmax(-1)
-    logits, order = logits / params.temperature, None
-    if params.top_k:
-        logits, order = logits.topk(min(params.top_k, logits.shape[-1]))  # [B, k], likeliest first
-    elif params.top_p < 1:
-        logits, order = logits.sort(descending=True)  # [B, V]
-    probs = logits.softmax(-1)
-    if params.top_p < 1:  # drop what comes after the sum has reached top_p; the likeliest always stays
-        probs = probs * (probs.cumsum(-1) - probs < params.top_p)
-    if params.min_p:
-        probs = probs * (probs >= params.min_p * probs.amax(-1, keepdim=True))
-    cdf = probs.cumsum(-1)
-    total = cdf[:, -1:]
-    # Below the total even after rounding, so that the token found is never one of probability 0.
-    target = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    drawn = torch.searchsorted(cdf, target, right=True)  # [B, 1], the first whose sum exceeds the target
-    return (drawn if order is None else order.gather(-1, drawn)).squeeze(-1)
+        token = logits.argmax(-1, keepdim=True)
+        return token[:, 0], (logits.gather(1, token) - norm)[:, 0]
+    if params.temperature == 1:
+        probs = torch.softmax(logits, -1, out=logits)
+    else:
+        probs = torch.softmax(logits / params.temperature, -1)
+    kept = probs
+    if params.top_k or params.top_p < 1 or params.min_p:
+        kept = torch.where(probs >= threshold(probs, params), probs, 0.0)
+    # The cumulative sum in two levels: over blocks of the vocabulary, then inside the one block that u falls into.
+    B, block = len(kept), 256
+    padded = F.pad(kept, (0, -kept.shape[1] % block)) if kept.shape[1] % block else kept
+    blocks = padded.view(B, -1, block)  # [B, V / block, block]
+    sums = blocks.sum(-1).double().cumsum(-1)  # [B, V / block]
+    target = u[:, None].double() * sums[:, -1:]  # [B, 1], below the total because u is below 1
+    at = torch.searchsorted(sums, target, right=True)  # [B, 1], the first block whose sum exceeds the target
+    before = torch.where(at > 0, sums.gather(1, (at - 1).clamp(min=0)), 0.0)
+    inside = blocks.gather(1, at[:, :, None].expand(-1, -1, block))[:, 0].double()  # [B, block]
+    within = inside.cumsum(-1)
+    # The sums of the two levels differ by rounding: never past the block's last possible token.
+    offset = torch.minimum(target - before, torch.nextafter(within[:, -1:], torch.zeros_like(target)))
+    token = at * block + torch.searchsorted(within, offset, right=True)  # [B, 1]
+    chosen = probs.gather(1, token).log() if params.temperature == 1 else logits.gather(1, token) - norm
+    return token[:, 0], chosen[:, 0]
 
 
-PREFILL_TOKENS = 8192  # prompts are read in groups of about so many tokens: bounds the memory for activations
+def pack(model):
+    """Make a float32 model on a CPU ready for sampling, in place. Elsewhere, or without the operator, do nothing.
+
+    The weights are laid out once as oneDNN likes them, and matrices with the same input become one: products of
+    few rows then run two to four times as fast as F.linear, which lays the weights out anew at every call. The
+    plain weights are let go, so a packed model can sample and nothing else; a tied embedding stays beside its copy.
+    """
+    weight = model.lm_head.weight
+    operators = torch.ops.mkldnn
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return
+    if not (hasattr(operators, "_reorder_linear_weight") and hasattr(operators, "_linear_pointwise")):
+        return
+
+    def merge(*layers):
+        weight = operators._reorder_linear_weight(torch.cat([layer.weight.detach() for layer in layers]), 64)
+        bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
+        sizes = [layer.out_features for layer in layers]
+        for layer in layers:
+            layer.weight = None
+        layers[0].packed = lambda x: operators._linear_pointwise(x, weight, bias, "none", [], "").split(sizes, -1)
+
+    for block in model.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        merge(attention.q_proj, attention.k_proj, attention.v_proj)
+        merge(attention.o_proj)
+        merge(mlp.gate_proj, mlp.up_proj)
+        merge(mlp.down_proj)
+    merge(model.lm_head)
+    # glibc gives blocks of 32 MB and more back to the system as soon as they are free, and the system clears
+    # them when they are asked for again: with 64 rows of 152k logits that takes as long as the model itself.
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD, bytes
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, bytes
+    except (OSError, AttributeError):
+        pass  # another C library
+
+
+def free_memory(device):
+    """Bytes that can still be had on a device; on a CPU each process of this machine gets its share of them."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
+        group = Path("/sys/fs/cgroup")  # a container's own limit, where it has one
+        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError, StopIteration):
+        free = free or [2**32]
+    return max(0, min(free)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+class PagedCache:
+    """Keys and values of all layers in pages of `page` positions, shared out among rows and back again.
+
+    Page 0 takes what the padding rows of a CUDA graph write. Pages that several rows read are taken from the low
+    end and a row's own from the high end, so that on a CPU each kind is one slice, and no page need be copied to
+    be read. Memory that no page has used yet is asked for but not touched.
+    """
+
+    def __init__(self, config, n_pages, page, dtype, device):
+        L, K, D = config.n_layers, config.n_kv_heads, config.head_dim
+        self.page, self.n_heads, self.device = page, config.n_heads, device
+        self.varlen = use_varlen(device, dtype)
+        if self.varlen:
+            self.k, self.v = (torch.zeros(L, n_pages, page, K, D, dtype=dtype, device=device) for _ in range(2))
+        else:  # numpy's zeros, unlike torch's, are not written before they are used
+            size = L * n_pages * K * page * D * dtype.itemsize
+            zeros = (torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).to(device) for _ in range(2))
+            self.k, self.v = (z.view(L, n_pages, K, page, D).transpose(2, 3) for z in zeros)  # [L, P, page, K, D]
+        self.free = list(range(1, n_pages))  # in order
+        self.users = [0] * n_pages
+        self.shared = [False] * n_pages
+        self.peak = 0  # the most pages ever in use
+
+    @staticmethod
+    def bytes_per_page(config, page, dtype):
+        return 2 * config.n_layers * config.n_kv_heads * config.head_dim * page * dtype.itemsize
+
+    def take(self, n, shared=False):
+        pages = [self.free.pop(0 if shared else -1) for _ in range(n)]
+        for page in pages:
+            self.users[page], self.shared[page] = 1, shared
+        self.peak = max(self.peak, len(self.users) - 1 - len(self.free))
+        return pages
+
+    def release(self, pages):
+        for page in pages:
+            self.users[page] -= 1
+            if self.users[page] == 0:
+                bisect.insort(self.free, page)
+
+    def copy(self, source, target):
+        self.k[:, target], self.v[:, target] = self.k[:, source], self.v[:, source]
+
+    def plan(self, sequences, n_rows):
+        """Fix where the next step's tokens go and what they see.
+
+        `sequences`: (pages, first position, tokens) of each; the first `n_rows` have one token, the others are
+        stretches of prompts. The tokens of a step lie one after another in one flat row.
+        """
+        page, device = self.page, self.device
+        self.n_rows, self.masks = n_rows, {}
+        if self.varlen:
+            width = max(len(pages) for pages, _, _ in sequences)
+            table = [pages + [0] * (width - len(pages)) for pages, _, _ in sequences]
+            self.table = torch.tensor(table, dtype=torch.int32, device=device)  # [sequences, width]
+            counts = torch.tensor([n for _, _, n in sequences], device=device)
+            self.longest = max(n for _, _, n in sequences)
+            self.ends = F.pad(counts.cumsum(0), (1, 0)).int()  # [sequences + 1]
+            self.owner = torch.arange(len(sequences), device=device).repeat_interleave(counts)  # [T]
+            return
+        where = [(pages[p // page], p % page) for pages, first, n in sequences for p in range(first, first + n)]
+        where = torch.tensor(where, device=device)
+        self.page_of, self.slot = where[:, 0], where[:, 1]  # [T] each
+        self.stretches = [(torch.tensor(pages, device=device), first, n) for pages, first, n in sequences[n_rows:]]
+
+        # The rows' pages: for each page of a slice of the cache, who reads it and which positions it holds.
+        readers, start = {}, {}
+        for row, (pages, _, _) in enumerate(sequences[:n_rows]):
+            for i, number in enumerate(pages):
+                readers.setdefault(number, []).append(row)
+                start[number] = i * page
+        self.slices = []
+        for shared in (True, False):
+            used = [number for number in readers if self.shared[number] == shared]
+            if used:
+                low, high = min(used), max(used) + 1
+                most = max(len(readers[number]) for number in used)
+                nobody = [n_rows] * most  # a row that is not there: free pages inside the slice, and padding
+                owner = [(readers.get(number, []) + nobody)[:most] for number in range(low, high)]
+                starts = torch.tensor([start.get(number, 0) for number in range(low, high)], device=device)
+                self.slices.append(((low, high), torch.tensor(owner, device=device), starts))
+        self.last = torch.tensor([first for _, first, _ in sequences[:n_rows]] + [-1], device=device)  # [rows + 1]
+
+    def move(self, positions):
+        """positions [T]: those of the next step's tokens, for a step on the GPU that is replayed or repeated."""
+        self.page_of = self.table[self.owner, positions // self.page]  # [T]
+        self.slot = positions % self.page
+        self.used = (positions[self.ends[1:] - 1] + 1).int()  # [sequences]
+
+    def attend(self, attention, q, k, v):
+        """q [T, H, D], k and v [T, K, D] of one layer: written to the cache, then attended to -> [T, H, D]."""
+        layer, window = attention.layer, attention.window
+        self.k[layer][self.page_of, self.slot], self.v[layer][self.page_of, self.slot] = k, v
+        if self.varlen:
+            span = self.table.shape[1] * self.page
+            look_back = (-1 if window is None else window - 1, 0)
+            options = {"window_size": look_back, "seqused_k": self.used, "block_table": self.table, "enable_gqa": True}
+            return varlen_attn(q, self.k[layer], self.v[layer], self.ends, None, self.longest, span, **options)
+        parts, at = [], self.n_rows
+        if self.n_rows:
+            parts.append(self.attend_rows(layer, window, q[:at]))
+        for i, (_, _, n) in enumerate(self.stretches):
+            parts.append(self.attend_stretch(layer, window, i, q[at : at + n], k[at : at + n], v[at : at + n]))
+            at += n
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def attend_stretch(self, layer, window, i, q, k, v):
+        """n tokens of a prompt, q [n, H, D], attend to its pages up to themselves -> [n, H, D]."""
+        pages, first, n = self.stretches[i]
+        if first:
+            k = self.k[layer][pages].flatten(0, 1)[: first + n]  # [S, K, D]
+            v = self.v[layer][pages].flatten(0, 1)[: first + n]
+        K, S = k.shape[1], first + n
+        q = q.unflatten(1, (K, -1)).permute(1, 2, 0, 3)  # [K, G, n, D]
+        k, v = (x.transpose(0, 1)[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))  # [K, G, S, D], not copied
+        mask = None
+        if first or (window is not None and S > window):
+            if (i, window) not in self.masks:
+                back = torch.arange(first, S, device=q.device)[:, None] - torch.arange(S, device=q.device)  # [n, S]
+                self.masks[i, window] = (back >= 0) & (back < (window or S))
+            mask = self.masks[i, window]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # [K, G, n, D]
+        return y.permute(2, 0, 1, 3).flatten(1, 2)
+
+    def attend_rows(self, layer, window, q):
+        """One token a row, q [B, H, D], attends to the row's pages -> [B, H, D].
+
+        Not row by row, but page by page: each page is an entry of a batch, with the queries of all rows that read
+        it, and is read once, where it lies. What a row gets from its pages is then added up, weighted by their
+        shares of the softmax's denominator (as flash attention does with its blocks, arXiv 2205.14135).
+        """
+        B, H, D = q.shape
+        K = self.k.shape[3]
+        q = q.view(B, K, H // K, D)  # [B, K, G, D]
+        rows, ys, logs = [], [], []
+        for pages, owner, start in self.slices:
+            P, n = owner.shape
+            if (pages, window) not in self.masks:
+                back = self.last[owner][:, :, None] - start[:, None, None] - torch.arange(self.page, device=q.device)
+                seen = (back >= 0) & (back < (window or self.page * len(self.users)))  # [P, n, page]
+                bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
+                bias.masked_fill_(
+                    ~seen, torch.finfo(q.dtype).min / 2
+                )  # finite: a page of which nothing is seen is no NaN
+                # One line for each query: those of a row's G heads are alike.
+                bias = bias[:, :, None].expand(-1, -1, H // K, -1) if n > 1 else bias[:, :, None]
+                self.masks[pages, window] = bias.flatten(1, 2)[:, None]  # [P, 1, n * G or 1, page]
+            here = q[owner.clamp(max=B - 1)].transpose(1, 2).reshape(P, K, -1, D)  # [P, n, K, G, D] -> [P, K, n * G, D]
+            k, v = (x[layer, slice(*pages)].transpose(1, 2) for x in (self.k, self.v))  # [P, K, page, D]
+            y, log = attend_part(here, k, v, self.masks[pages, window])  # [P, K, n * G, D], [P, K, n * G]
+            rows.append(owner.flatten())  # [P * n]
+            ys.append(y.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1))  # [P * n, K, G, D]
+            logs.append(log.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1))  # [P * n, K, G]
+        row, y, log = (torch.cat(x) if len(x) > 1 else x[0] for x in (rows, ys, logs))
+        shape = (B + 1, K, H // K)
+        top = torch.full(shape, -math.inf, device=q.device)
+        top.scatter_reduce_(0, row[:, None, None].expand_as(log), log, "amax")  # [B + 1, K, G]
+        weight = (log - top[row]).exp_()
+        total = torch.zeros(shape, device=q.device).index_add_(0, row, weight)
+        y = torch.zeros(*shape, D, device=q.device).index_add_(0, row, y * weight[..., None])
+        return (y / total[..., None])[:B].flatten(1, 2).to(q.dtype)
+
+
+def attend_part(q, k, v, bias):
+    """Attention to a part of the keys -> (its result, the logarithm of its softmax's denominator, float32)."""
+    if FLASH_CPU is not None and q.is_cpu:
+        return FLASH_CPU(q, k, v, 0.0, False, attn_mask=bias)
+    scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.shape[-1]) + bias
+    log = scores.logsumexp(-1)
+    return (scores - log[..., None]).exp().to(q.dtype) @ v, log
+
+
+def use_varlen(device, dtype):
+    """Whether attention can read pages by itself: on CUDA, in half precision, with torch 2.13 or later."""
+    return varlen_attn is not None and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+class DecodeGraphs:
+    """Decode steps recorded as CUDA graphs: all launches of a step at the price of one.
+
+    A graph replays fixed shapes at fixed addresses, so there is one for each of a few batch sizes (recorded when
+    first needed), all with the same static inputs, and a step runs in the next larger one; padding rows write
+    to page 0 and are not looked at.
+    """
+
+    def __init__(self, model, cache, max_rows, width):
+        self.model, self.cache, self.graphs, self.pool = model, cache, {}, None
+        self.ids = torch.zeros(max_rows, dtype=torch.long, device=cache.device)
+        self.positions = torch.zeros(max_rows, dtype=torch.long, device=cache.device)
+        self.table = torch.zeros(max_rows, width, dtype=torch.int32, device=cache.device)
+        self.max_rows = max_rows
+
+    def plan(self, table):
+        """table [B, W]: the pages of the rows of the steps that follow."""
+        self.table.zero_()
+        self.table[: len(table), : table.shape[1]] = table
+
+    def step(self, ids, positions):
+        """ids, positions [B] -> logits [B, V], which the next step overwrites."""
+        rows = len(ids)
+        size = next((n for n in (1, 2, 4, 8) if n >= rows), -(-rows // 16) * 16)
+        size = min(size, self.max_rows)
+        self.ids[:rows], self.positions[:rows] = ids, positions
+        self.ids[rows:], self.positions[rows:] = 0, 0
+        if size not in self.graphs:
+            self.graphs[size] = self.record(size)
+        graph, logits = self.graphs[size]
+        graph.replay()
+        return logits[:rows]
+
+    def record(self, size):
+        cache = self.cache
+
+        def run():
+            cache.table, cache.longest, cache.n_rows = self.table[:size], 1, size
+            cache.owner = torch.arange(size, device=cache.device)
+            cache.ends = torch.arange(size + 1, dtype=torch.int32, device=cache.device)
+            cache.move(self.positions[:size])
+            return self.model.logits(self.model(self.ids[:size], self.positions[:size], cache.attend))
+
+        side = torch.cuda.Stream()  # a first run outside the recording: libraries set themselves up
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            logits = run()
+        self.pool = self.pool or graph.pool()
+        return graph, logits
+
+
+@dataclass(eq=False)
+class Row:
+    """One sample on its way."""
+
+    i: int  # its prompt
+    j: int  # its number among that prompt's samples
+    random: np.random.Generator
+    limit: int  # new tokens at most
+    ids: list = field(default_factory=list)  # the new tokens; all but the last one are in the cache
+    logprob: float = 0.0
+    pages: list = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Reading:
+    """A prompt on its way into the cache, and the samples that wait for it."""
+
+    ids: list
+    rows: list  # the samples not yet started
+    pages: list = field(default_factory=list)
+    done: int = 0  # tokens read
+    hidden: torch.Tensor = None  # [C], the last token's hidden state, when all is read
+
+
+@dataclass
+class Stats:
+    """What a `stream` has done so far."""
+
+    prompt_tokens: int = 0  # read, each prompt once, plus what had to be read again
+    generated: int = 0  # tokens of finished and unfinished samples
+    rows: int = 0  # samples being decoded in the last step
+    steps: int = 0
+    evicted: int = 0  # times that a row or a prompt gave its pages back, for lack of memory
+    peak_pages: int = 0
+    page_bytes: int = 0
 
 
 @torch.inference_mode()
-def generate(model, prompts, keys, params, stop_ids, progress=None):
+def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, graphs=True, stats=None):
     """Sample completions: `prompts` is a list of token id lists, keys[i] one random key for each sample of prompt i.
 
-    Returns a list (a prompt each) of lists (a key each) of `Completion`. All samples are decoded as one
-    batch; a prompt is read once, whatever its number of samples. What a sample draws depends on its key
-    alone: neither its neighbours nor its place change it. `progress`, a tqdm bar, counts finished samples.
-    InputError for a prompt that leaves no room in the context.
+    Yields after every step the list of (i, j, Completion) of the samples that it finished, often none. What a
+    sample draws depends on its key alone: neither its neighbours nor its place change it. At most `batch_size`
+    rows are decoded together, and fewer when the `memory` (bytes, default: most of what is free) for the cache
+    does not hold them. `graphs`: replay decode steps as CUDA graphs, where there is CUDA. `stats` is kept up to
+    date. InputError for a prompt that leaves no room in the context, or a memory that does not hold one row.
     """
-    config, device = model.config, model.rope_freq.device
+    config, device, dtype = model.config, model.rope_freq.device, model.model.embed_tokens.weight.dtype
     for ids in prompts:
         if len(ids) >= config.context:
             raise InputError(f"a prompt has {len(ids)} tokens, and the model's context {config.context}")
     if not any(keys):
-        return [[] for _ in prompts]
+        return
+    stats = stats or Stats()
+    varlen = use_varlen(device, dtype)
+    page = 256 if varlen else 64  # flash attention reads pages of 256
+    chunk = 4096 if device.type == "cuda" else 512  # tokens of prompts read in one step, beside the rows' own
 
-    # Prefill. Prompts of similar length are read together: less padding.
-    n_prompts, longest = len(prompts), max(map(len, prompts))
-    shape = (config.n_layers, n_prompts, config.n_kv_heads, longest, config.head_dim)
-    dtype = model.model.embed_tokens.weight.dtype
-    cache = KVCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-    by_length = sorted(range(n_prompts), key=lambda i: len(prompts[i]))
-    last = torch.empty(n_prompts, config.dim, dtype=dtype, device=device)  # hidden state of each prompt's last token
-    while by_length:
-        longest_here = len(prompts[by_length[-1]])
-        n = max(1, PREFILL_TOKENS // longest_here)
-        group, by_length = by_length[-n:], by_length[:-n]
-        ids = torch.zeros(len(group), longest_here, dtype=torch.long)  # [b, T], padded on the right
-        for row, i in enumerate(group):
-            ids[row, : len(prompts[i])] = torch.tensor(prompts[i])
-        part = cache.rows(group)
-        hidden = model(ids.to(device), cache=part)  # [b, T, C]
-        cache.k[:, group], cache.v[:, group] = part.k, part.v
-        for row, i in enumerate(group):
-            last[i] = hidden[row, len(prompts[i]) - 1]
+    # How much fits. The steps need room as well: about three times the logits, and a chunk's activations.
+    stats.page_bytes = PagedCache.bytes_per_page(config, page, dtype)
+    step_bytes = 12 * config.vocab_size
+    chunk_bytes = 4 * dtype.itemsize * chunk * (config.mlp_dim + config.dim + 2 * config.n_heads * config.head_dim)
+    budget = memory if memory is not None else 0.85 * free_memory(device) - chunk_bytes
+    batch_size = max(1, min(batch_size, sum(map(len, keys)), int(budget / 4 / step_bytes)))
+    budget -= batch_size * step_bytes
+    longest = max(min(len(ids) + params.max_new_tokens, config.context) for ids in prompts)
+    width = -(-longest // page)
+    n_pages = min(int(max(budget, 0) / stats.page_bytes), (batch_size + 1) * (width + 1) + 2)
+    if n_pages < width + 3:
+        need = ((width + 3) * stats.page_bytes + batch_size * step_bytes) / 2**30
+        raise InputError(
+            f"{max(budget, 0) / 2**30:.2f} GiB of memory are left for the cache, and one sequence of {longest} tokens "
+            f"needs {need:.2f}; give more with --memory, or lower --max-new-tokens"
+        )
+    cache = PagedCache(config, n_pages, page, dtype, device)
+    recorded = DecodeGraphs(model, cache, batch_size, width) if varlen and graphs else None
+    ahead = 8 if recorded else 1  # graphs run so many steps between two looks at what they have drawn
 
-    # One row for each sample: row r continues prompt owner[r][0] and is its sample owner[r][1].
-    owner = [(i, j) for i, samples in enumerate(keys) for j in range(len(samples))]
-    prompt_of = torch.tensor([i for i, _ in owner], device=device)  # [B]
-    limits = [min(params.max_new_tokens, config.context - len(prompts[i])) for i, _ in owner]
-    steps = max(limits)
-    cache = cache.rows(prompt_of)
-    logits = model.logits(last[prompt_of]).float()  # [B, V]
-    position = torch.tensor([len(prompts[i]) for i, _ in owner], device=device)  # [B], of the token drawn next
-    limit = torch.tensor(limits, device=device)
-    random = torch.from_numpy(np.stack([uniforms(keys[i][j], steps) for i, j in owner])).to(device)  # [B, steps]
-    tokens = torch.zeros(len(owner), steps, dtype=torch.long, device=device)
-    logprob = torch.zeros(len(owner), dtype=torch.float64, device=device)
-    finished = torch.zeros(len(owner), dtype=torch.bool, device=device)
-    stops = torch.tensor(stop_ids, device=device)
+    waiting = deque()  # prompts not begun
+    for i, (ids, samples) in enumerate(zip(prompts, keys)):
+        limit = min(params.max_new_tokens, config.context - len(ids))
+        rows = [Row(i, j, random_stream(key), limit) for j, key in enumerate(samples)]
+        if rows:
+            waiting.append(Reading(ids, rows))
+    reading, ready, rows = [], [], []  # prompts half read; read, with samples to start; samples being decoded
+
+    def evict(keep=None):
+        """The youngest gives its pages back and will be read again, its own tokens as part of the prompt."""
+        stats.evicted += 1
+        prompts_held = reading or ready
+        if prompts_held and prompts_held[-1] is not keep:
+            prompt = prompts_held.pop()
+        else:
+            row = rows.pop()
+            prompt = Reading(prompts[row.i] + row.ids, [row], row.pages)
+            row.pages = []
+        cache.release(prompt.pages)
+        prompt.pages, prompt.done, prompt.hidden = [], 0, None
+        waiting.appendleft(prompt)
+
+    while waiting or reading or ready or rows:
+        # 1. Every row gets room for its next tokens.
+        for row in list(rows):
+            tokens = len(prompts[row.i]) + min(len(row.ids) - 1 + ahead, row.limit)
+            while row.pages and len(row.pages) < -(-tokens // page):
+                if cache.free:
+                    row.pages += cache.take(1)
+                else:
+                    evict()  # the youngest of all, and that may be this row
+
+        # 2. Prompts come in while there is room for them and for one more page of all that is going on.
+        while waiting:
+            prompt, going = waiting[0], len(rows) + sum(len(p.rows) for p in reading + ready)
+            need = -(-len(prompt.ids) // page)
+            idle = not (rows or reading or ready)
+            if not idle and (going >= batch_size or len(cache.free) < need + going + min(len(prompt.rows), batch_size)):
+                break
+            waiting.popleft()
+            whole = len(prompt.ids) // page if len(prompt.rows) > 1 else 0  # pages that its samples will share
+            prompt.pages = cache.take(whole, shared=True) + cache.take(need - whole)
+            reading.append(prompt)
+
+        # 3. One pass of the model: a token of each row, and up to a chunk of the prompts.
+        sequences = [(row.pages, len(prompts[row.i]) + len(row.ids) - 1, 1) for row in rows]
+        ids, left, read = [row.ids[-1] for row in rows], chunk, []
+        for prompt in reading:
+            n = min(left, len(prompt.ids) - prompt.done)
+            if n:
+                sequences.append((prompt.pages, prompt.done, n))
+                ids += prompt.ids[prompt.done : prompt.done + n]
+                prompt.done, left = prompt.done + n, left - n
+                stats.prompt_tokens += n
+                if prompt.done == len(prompt.ids):
+                    read.append((prompt, len(ids) - 1))
+        positions = [p for _, first, n in sequences for p in range(first, first + n)]
+        ids, positions = torch.tensor(ids, device=device), torch.tensor(positions, device=device)
+        logits, before, burst = None, [], 1
+        if sequences:
+            cache.plan(sequences, len(rows))
+            if recorded and not reading and not ready:
+                burst = min(ahead, *(row.limit - len(row.ids) for row in rows))
+                recorded.plan(cache.table)
+                logits = recorded.step(ids, positions)
+            else:
+                if varlen:
+                    cache.move(positions)
+                hidden = model(ids, positions, cache.attend)  # [T, C]
+                for prompt, at in read:
+                    prompt.hidden = hidden[at]
+                    reading.remove(prompt)
+                    ready.append(prompt)
+                before = [hidden[: len(rows)]]
+
+        # 4. Samples whose prompt is read start: they share its whole pages, and copy the one it ends in.
+        starts = []
+        for prompt in list(ready):
+            while prompt.rows and len(rows) < batch_size:
+                end = len(prompt.ids) % page
+                if len(prompt.rows) == 1 or not end:
+                    own = prompt.pages[len(prompt.ids) // page :]
+                else:
+                    while not cache.free and not rows:
+                        evict(keep=prompt)
+                    if not cache.free:
+                        break
+                    own = cache.take(1)
+                    cache.copy(prompt.pages[-1], own[0])
+                row = prompt.rows.pop(0)
+                row.pages = prompt.pages[: len(prompt.ids) // page] + own
+                if prompt.rows:
+                    for number in row.pages[: len(prompt.ids) // page]:
+                        cache.users[number] += 1
+                rows.append(row)
+                starts.append(prompt.hidden)
+            if not prompt.rows:
+                ready.remove(prompt)
+            else:
+                break
+        if not rows:
+            yield []
+            continue
+        if logits is None:
+            logits = model.logits(torch.cat(before + [hidden[None] for hidden in starts]))  # [B, V]
+
+        # 5. Draw, and go on from what was drawn while a burst lasts.
+        u = np.stack([row.random.random(burst, dtype=np.float32) for row in rows], axis=1)  # [burst, B]
+        drawn = []
+        for step, now in enumerate(torch.from_numpy(u).to(device), 1):
+            token, logprob = sample_token(logits.float(), now, params)
+            drawn.append(torch.stack([token.double(), logprob.double()]))  # [2, B]
+            if step < burst:
+                logits = recorded.step(token, positions + step)
+        drawn = torch.stack(drawn).tolist()  # [burst, 2, B], the one transfer
+        stats.steps += burst
+        stats.rows = len(rows)
+        finished = []
+        for at, row in enumerate(rows):
+            for tokens, logprobs in drawn:
+                row.ids.append(int(tokens[at]))
+                row.logprob += logprobs[at]
+                stats.generated += 1
+                stop = row.ids[-1] in stop_ids
+                if stop or len(row.ids) == row.limit:
+                    cache.release(row.pages)
+                    finished.append((row.i, row.j, Completion(row.ids, row.logprob, "stop" if stop else "length")))
+                    row.pages = None
+                    break
+        rows = [row for row in rows if row.pages is not None]
+        stats.peak_pages = cache.peak
+        yield finished
+
+
+def generate(model, prompts, keys, params, stop_ids, **options):
+    """`stream` to its end -> a list (a prompt each) of lists (a key each) of `Completion`."""
     results = [[None] * len(samples) for samples in keys]
-
-    for step in range(steps):
-        token = sample_token(logits, random[:, step], params)  # [B]
-        chosen = logits.gather(1, token[:, None]).squeeze(1) - logits.logsumexp(-1)
-        logprob += torch.where(finished, 0.0, chosen.double())
-        tokens[:, step] = token
-        finished |= torch.isin(token, stops) | (limit == step + 1)
-        # To look at `finished` waits for the device: at every step on a CPU, seldom on a GPU.
-        if step + 1 == steps or device.type == "cpu" or step % 8 == 7:
-            done = finished.tolist()
-            if all(done) or sum(done) > len(done) // 4:  # rows that are done leave, when they are many
-                ended = [r for r, is_done in enumerate(done) if is_done]
-                for r, row, total in zip(ended, tokens[ended].tolist(), logprob[ended].tolist()):
-                    i, j = owner[r]
-                    row = row[: limits[r]]
-                    end = next((n for n, t in enumerate(row) if t in stop_ids), None)
-                    ids = row if end is None else row[: end + 1]
-                    results[i][j] = Completion(ids, total, "length" if end is None else "stop")
-                if progress is not None:
-                    progress.update(len(ended))
-                stay = [r for r, is_done in enumerate(done) if not is_done]
-                if not stay:
-                    return results
-                owner, limits = [owner[r] for r in stay], [limits[r] for r in stay]
-                stay = torch.tensor(stay, device=device)
-                cache, random, tokens, logprob = cache.rows(stay), random[stay], tokens[stay], logprob[stay]
-                token, position, limit, finished = token[stay], position[stay], limit[stay], finished[stay]
-        if longest + step >= cache.k.shape[3]:  # the cache grows by half
-            more = min(cache.k.shape[3] // 2 + 16, longest + steps - cache.k.shape[3])
-            cache = KVCache(F.pad(cache.k, (0, 0, 0, more)), F.pad(cache.v, (0, 0, 0, more)))
-        hidden = model(token[:, None], position[:, None], cache, visible=longest + step + 1)  # [B, 1, C]
-        logits = model.logits(hidden[:, 0]).float()  # [B, V]
-        position = position + 1
+    for finished in stream(model, prompts, keys, params, stop_ids, **options):
+        for i, j, completion in finished:
+            results[i][j] = completion
+    return results
 
 
 def pick_device(device, dtype):

@@ -102,20 +102,16 @@ def oracle(model, prompt, key, params, stop_ids):
         if params.temperature == 0:
             token = int(logits.argmax())
         else:
-            scaled = logits / params.temperature
-            order = np.argsort(-scaled, kind="stable")
-            if not params.top_k and params.top_p == 1:
-                order = np.arange(len(scaled))  # the sampler goes through the vocabulary as it stands
-            p = np.exp(scaled - scaled.max())[order]
+            p = np.exp((logits - logits.max()) / params.temperature)
+            order = np.argsort(-p, kind="stable")
             if params.top_k:
-                order, p = order[: params.top_k], p[: params.top_k]
+                p[order[params.top_k :]] = 0
             p /= p.sum()
             if params.top_p < 1:
-                before = np.concatenate([[0.0], np.cumsum(p)[:-1]])
-                p = np.where(before < params.top_p, p, 0)
-            p = np.where(p >= params.min_p * p.max(), p, 0)
-            sums = np.cumsum(p / p.sum())
-            token = int(order[np.argmax(sums > u)])
+                before = np.concatenate([[0.0], np.cumsum(p[order])[:-1]])
+                p[order[before >= params.top_p]] = 0
+            p[p < params.min_p * p.max()] = 0
+            token = int(np.argmax(np.cumsum(p / p.sum()) > u))
         total += log_p[token]
         ids.append(token)
         if token in stop_ids:
