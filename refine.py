@@ -15,7 +15,7 @@ import dataclasses
 import numpy as np
 
 from evaluate import InputError, command_line, read_jsonl, strip_thinking
-from model import generate, load, pick_device, uniforms
+from model import load, pack, pick_device, uniforms
 from sample import SOLVE_PROMPT, add_sampling_flags, as_json, check_sizes, sampling_params, versions, write_rows
 
 REFINE_PROMPT = """\
@@ -134,18 +134,15 @@ def main(argv=None):
         orders = [shuffled(row, (args.seed, str(row["id"]), "order", j)) for j in range(args.k)]
         prompts.append([refinement_prompt(row, order, tokenizer, context, reserve) for order in orders])
 
-    def complete(batch, bar):
-        """Refine some problems. The orders differ, so each refinement has a prompt, and one key, of its own."""
-        ids = [tokens for i in batch for _, tokens, _ in prompts[i]]
-        keys = [[(args.seed, str(rows[i]["id"]), "refine", j)] for i in batch for j in range(args.k)]
-        samples = iter(generate(model, ids, keys, params, tokenizer.stop_ids, bar))
-        finished = []
-        for i in batch:
-            refinements = []
-            for text, _, order in prompts[i]:
-                refinements.append({**as_json(next(samples)[0], tokenizer), "order": order, "prompt": text})
-            finished.append({**rows[i], "refinements": refinements})
-        return finished
+    def requests(i):  # the orders differ, so each refinement has a prompt, and one key, of its own
+        keys = [(args.seed, str(rows[i]["id"]), "refine", j) for j in range(args.k)]
+        return [(ids, [key]) for (_, ids, _), key in zip(prompts[i], keys)]
+
+    def finish(i, answers):
+        refinements = []
+        for (text, _, order), [completion] in zip(prompts[i], answers):
+            refinements.append({**as_json(completion, tokenizer), "order": order, "prompt": text})
+        return {**rows[i], "refinements": refinements}
 
     made_by = {
         "weights": model.fingerprint(),
@@ -162,7 +159,8 @@ def main(argv=None):
         "versions": versions(),
         "tokens": tokens,
     }
-    write_rows(out, rows, made_by, record, args.batch_size, args.k, complete)
+    pack(model)
+    write_rows(args, out, rows, made_by, record, args.k, model, params, tokenizer.stop_ids, requests, finish)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,16 @@ import math
 import os
 import platform
 import time
+from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from evaluate import InputError, command_line, meta_path, read_json, read_jsonl, write_json
-from model import HERE, SamplingParams, generate, hub_file, load, pick_device
+from model import HERE, SamplingParams, Stats, hub_file, load, pack, pick_device, stream
 
 # The wording that Qwen2.5-Math made common; any instruction-tuned model follows it.
 SOLVE_PROMPT = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
@@ -108,7 +111,10 @@ def add_sampling_flags(parser):
     group.add_argument("--max-new-tokens", type=int, help="tokens of a completion at most (2048 if nothing else says)")
     group.add_argument("--seed", type=int, default=0, help="same seed, same samples, whatever the batch (default: 0)")
     group = parser.add_argument_group("machine")
-    group.add_argument("--batch-size", type=int, default=128, help="sequences decoded together (default: 128)")
+    group.add_argument("--batch-size", type=int, default=256, help="sequences decoded together, at most (default: 256)")
+    group.add_argument("--memory", type=float, help="GiB for the cache and the steps (default: most of what is free)")
+    graphs = argparse.BooleanOptionalAction
+    group.add_argument("--graphs", action=graphs, default=True, help="decode with CUDA graphs, where there is CUDA")
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     group.add_argument("--device", default="auto", help="auto: CUDA (and bfloat16) if there is a GPU, else cpu")
 
@@ -155,82 +161,139 @@ def check_same(out, made_by):
             )
 
 
-def resume(out, rows, made_by):
-    """Open the output file -> the rows already in it. `made_by` is everything that its content depends on.
+def whole_lines(path):
+    """The rows of a file that a kill may have torn: those of its whole lines -> (rows, their length in bytes)."""
+    content = path.read_bytes()
+    content = content[: content.rfind(b"\n") + 1]
+    return [json.loads(line) for line in content.decode().split("\n") if line], len(content)
 
-    The file grows by whole lines, in the order of `rows`. What was written by the same command is kept, a line
-    that a kill tore is cut off; whatever else stands there is left alone, with an InputError.
+
+def resume(out, rows, made_by):
+    """What there is already of an output -> {id: row}. `made_by` is everything that its content depends on.
+
+    Each process appends the rows that it finishes to a part of its own, OUT.part0, OUT.part1, ...; at the end
+    they become OUT, in the order of `rows`. A row is found again in any of them, whoever wrote it. What another
+    command made is left alone, with an InputError.
     """
-    out, meta = Path(out), meta_path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        new = not out.exists() or out.stat().st_size == 0
-        with open(out, "ab"):
+        files = [path for path in (out, *sorted(out.parent.glob(f"{out.name}.part*"))) if path.exists()]
+        with open(files[0] if files else f"{out}.part0", "ab"):
             pass
     except OSError as e:
         raise InputError(f"--out {out}: cannot be written ({e.strerror}); choose another")
-    if new:
-        write_json(meta, {**made_by, "complete": False})
-        return []
+    files = [path for path in files if path.stat().st_size]
+    if not files:
+        return {}
     check_same(out, made_by)
-    content = out.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(out, len(whole))
-    kept = [json.loads(line) for line in whole.decode().split("\n") if line]
-    if len(kept) > len(rows) or any(old | row != old for old, row in zip(kept, rows)):
-        raise InputError(f"--out {out}: exists, with other or more problems in it; choose another --out or delete it")
-    return kept
+    known, there = {row["id"]: row for row in rows}, {}
+    for row in (row for path in files for row in whole_lines(path)[0]):
+        if row["id"] not in known or row | known[row["id"]] != row:
+            raise InputError(f"--out {out}: exists, with other or more problems in it; choose another or delete it")
+        there[row["id"]] = row
+    return there
 
 
-def write_rows(out, rows, made_by, record, batch_size, samples, complete):
-    """Write complete(row numbers, bar) for all rows to `out`, batch by batch; what stands there already is kept.
+def processes(device, name):
+    """Join the processes that torchrun started -> (rank, their number, add, wait); without it, of this one alone.
 
-    `complete` takes a range of row numbers and a progress bar that counts samples, `samples` a row, and returns
-    the finished rows. A batch always holds the same rows, also after a restart in its middle, so that even the
-    last digit of a log-probability comes out the same. `record` is what else the meta file is to say.
+    add(key, n) adds n to a count that all of them share, and returns it; wait() returns when all have come to it.
     """
+    if "RANK" not in os.environ:
+        counts = Counter()
+        return 0, 1, lambda key, n: (counts.update({key: n}), counts[key])[1], lambda: None
+    store, rank, world = next(dist.rendezvous("env://"))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # One process may have much more to do than another: who is done waits, for days if need be.
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(days=30))
+    return rank, world, dist.PrefixStore(name, store).add, dist.barrier
 
-    def count(rows):  # tokens generated for them
-        return sum(c["n_tokens"] for row in rows for c in row.get("refinements", row["candidates"]))
 
-    old = resume(out, rows, made_by)
-    kept, tokens = len(old), count(old)
-    meta = meta_path(out)
-    if kept:
-        print(
-            f"{out}: " + (f"{kept} of {len(rows)} problems are there" if kept < len(rows) else "complete") + " already"
-        )
-    seconds = read_json(meta).get("seconds", 0.0)
-    tokens_now, started = 0, time.time()
+def write_rows(args, out, rows, made_by, record, samples, model, params, stop_ids, requests, finish):
+    """Sample what each row asks for and write the finished rows to `out`; what is there already is kept.
 
-    def write_meta(complete):
-        record["tokens"]["generated"] = tokens
-        state = {"seconds": round(seconds + time.time() - started, 2), "complete": complete}
-        write_json(meta, {**made_by, **record, **state})
+    `requests(i)` -> a list of (prompt token ids, one key for each of its samples) for row number i, `samples` in
+    all; `finish(i, completions)` -> the finished row, from a list of Completions for each request. `record` is
+    what else the meta file is to say. Of several processes each takes its share of the rows that are missing.
+    """
+    out, meta, started = Path(out), meta_path(out), time.time()
+    rank, world, add, wait = processes(model.rope_freq.device, str(out))
+    there = resume(out, rows, made_by)
+    before = read_json(meta) if there else {}
+    wait()  # nobody writes before all have looked
+    missing = [i for i, row in enumerate(rows) if row["id"] not in there]
+    if rank == 0 and there:
+        print(f"{out}: {f'{len(there)} of {len(rows)} problems are there' if missing else 'complete'} already")
 
-    per_batch = max(1, batch_size // samples)
-    batches = [range(i, min(i + per_batch, len(rows))) for i in range(0, len(rows), per_batch)]
-    batches = [batch for batch in batches if batch.stop > kept]
-    first = samples * (batches[0].start if batches else len(rows))
-    bar = tqdm(total=samples * len(rows), initial=first, desc=Path(out).name, unit=" samples", disable=not batches)
-    for batch in batches:
-        try:
-            finished = complete(batch, bar)
-        except torch.OutOfMemoryError:
-            raise InputError(f"--batch-size {batch_size}: the device's memory is full; {out} goes on with a lower one")
-        fresh = finished[max(kept - batch.start, 0) :]
-        with open(out, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in fresh))
+    def write_meta(complete, **more):
+        if rank == 0:
+            seconds = round(before.get("seconds", 0.0) + time.time() - started, 2)
+            write_json(meta, {**made_by, **record, "seconds": seconds, "complete": complete, **more})
+
+    part = Path(f"{out}.part{rank}")
+    if missing:
+        write_meta(complete=False)
+        if part.exists():
+            os.truncate(part, whole_lines(part)[1])
+    place, prompts, keys, answers, left = [], [], [], {}, Counter()  # place: of each request, its row and number
+    for i in missing[rank::world]:
+        answers[i] = []
+        for ids, its_keys in requests(i):
+            place.append((i, len(answers[i])))
+            prompts.append(ids)
+            keys.append(its_keys)
+            answers[i].append([None] * len(its_keys))
+            left[i] += len(its_keys)
+
+    stats, shown = Stats(), [0.0, 0, 0]  # when the bar was last brought up to date; tokens and rows as it knows them
+    bar = tqdm(total=samples * len(rows), initial=samples * len(there), desc=out.name, unit=" samples")
+    bar.disable = bar.disable or rank > 0 or not missing
+    memory = None if args.memory is None else int(args.memory * 2**30)
+    options = {"batch_size": args.batch_size, "memory": memory, "graphs": args.graphs, "stats": stats}
+    try:
+        for finished in stream(model, prompts, keys, params, stop_ids, **options):
+            done = []
+            for request, j, completion in finished:
+                i, number = place[request]
+                answers[i][number][j] = completion
+                left[i] -= 1
+                if not left[i]:
+                    done.append(finish(i, answers.pop(i)))
+            if done:
+                with open(part, "a", encoding="utf-8") as file:
+                    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done))
+                    file.flush()
+                    os.fsync(file.fileno())
+            now = time.time()
+            n = add("samples", len(finished))
+            if now - shown[0] > 1 or not (left.total() or answers):
+                tokens, going = add("tokens", stats.generated - shown[1]), add("rows", stats.rows - shown[2])
+                shown = [now, stats.generated, stats.rows]
+                bar.set_postfix_str(f"{tokens / (now - started):,.0f} tokens/s, {going} in flight", refresh=False)
+                write_meta(complete=False)
+            bar.update(samples * len(there) + n - bar.n)
+    except torch.OutOfMemoryError:
+        raise InputError(f"the device's memory is full; {out} goes on with a smaller --memory or --batch-size")
+    bar.close()
+    read = add("read", stats.prompt_tokens)
+    wait()
+    if rank == 0 and (part.exists() or missing or not before.get("complete")):
+        read = add("read", 0)
+        there = resume(out, rows, made_by)
+        partial = Path(f"{out}.partial")
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write("".join(json.dumps(there[row["id"]], ensure_ascii=False) + "\n" for row in rows))
             file.flush()
             os.fsync(file.fileno())
-        tokens += count(fresh)
-        tokens_now += count(finished)
-        bar.set_postfix_str(f"{tokens_now / (time.time() - started):,.0f} tokens/s")
-        write_meta(complete=False)
-    bar.close()
-    if not read_json(meta)["complete"]:
-        write_meta(complete=True)
+        os.replace(partial, out)
+        for path in out.parent.glob(f"{out.name}.part*"):
+            path.unlink()
+        generated = sum(c["n_tokens"] for row in there.values() for c in row.get("refinements", row["candidates"]))
+        tokens = {**record["tokens"], "prompt_read": before.get("tokens", {}).get("prompt_read", 0) + read}
+        write_meta(complete=True, tokens={**tokens, "generated": generated})
+    if world > 1:
+        wait()
+        dist.destroy_process_group()
 
 
 def versions():
@@ -246,7 +309,7 @@ def as_json(completion, tokenizer):
     return {
         "text": tokenizer.decode(completion.ids),
         "n_tokens": len(completion.ids),
-        "logprob": round(completion.logprob, 4),
+        "logprob": round(completion.logprob, 3),
         "finish_reason": completion.finish_reason,
     }
 
@@ -281,14 +344,11 @@ def main(argv=None):
         prompts.append(text)
         ids.append(tokens)
 
-    def complete(batch, bar):
-        """Sample the candidates of some problems: one prompt each, N random keys each."""
-        keys = [[(args.seed, str(problems[i]["id"]), j) for j in range(args.n)] for i in batch]
-        samples = generate(model, [ids[i] for i in batch], keys, params, tokenizer.stop_ids, bar)
-        return [
-            {**problems[i], "prompt": prompts[i], "candidates": [as_json(c, tokenizer) for c in completions]}
-            for i, completions in zip(batch, samples)
-        ]
+    def requests(i):  # one prompt, N random keys
+        return [(ids[i], [(args.seed, str(problems[i]["id"]), j) for j in range(args.n)])]
+
+    def finish(i, answers):
+        return {**problems[i], "prompt": prompts[i], "candidates": [as_json(c, tokenizer) for c in answers[0]]}
 
     made_by = {
         "weights": model.fingerprint(),
@@ -299,7 +359,8 @@ def main(argv=None):
     }
     tokens = {"prompt": sum(map(len, ids))}
     record = {"model": args.model, "data": args.data, "flags": vars(args), "versions": versions(), "tokens": tokens}
-    write_rows(out, problems, made_by, record, args.batch_size, args.n, complete)
+    pack(model)
+    write_rows(args, out, problems, made_by, record, args.n, model, params, tokenizer.stop_ids, requests, finish)
 
 
 if __name__ == "__main__":

@@ -156,15 +156,109 @@ def test_sample_depends_on_its_key_alone(random_model):
     assert len(texts) == 9  # and the samples differ among each other
 
 
-def test_prompt_is_read_once_for_all_its_samples(random_model, monkeypatch):
-    """Guards against: N copies of a prompt in the prefill."""
+def sampled(model, prompts, keys, params, **options):
+    """`generate` -> (its results, what it did)."""
+    stats = m.Stats()
+    return m.generate(model, prompts, keys, params, [2, 3], stats=stats, **options), stats
+
+
+def same(results, others):
+    return [[c.ids for c in row] for row in results] == [[c.ids for c in row] for row in others]
+
+
+def test_prompt_is_read_once_and_held_once_for_all_its_samples(random_model):
+    """Guards against: N copies of a prompt in the prefill, or in the cache."""
     model, _ = m.load(random_model)
-    read, forward = [], m.Decoder.forward
-    monkeypatch.setattr(
-        m.Decoder, "forward", lambda self, ids, *a, **k: (read.append(ids.shape), forward(self, ids, *a, **k))[1]
-    )
-    m.generate(model, [list(range(5, 45))], [[(0, 0, j) for j in range(16)]], m.SamplingParams(max_new_tokens=2), [2])
-    assert read == [(1, 40), (16, 1)]
+    prompt, params = list(range(5, 205)), m.SamplingParams(max_new_tokens=8)
+    peak = {}
+    for n in (1, 2, 16):
+        _, stats = sampled(model, [prompt], [[(0, 0, j) for j in range(n)]], params)
+        assert stats.prompt_tokens == 200
+        peak[n] = stats.peak_pages
+    # 200 tokens are three whole pages of 64, shared, and one that each sample continues in a copy of its own.
+    assert peak == {1: 4, 2: 5, 16: 19}
+
+
+def test_rows_leave_and_others_take_their_place(random_model):
+    """Guards against: a batch that runs as long as its longest row; results that depend on who shares it."""
+    model, _ = m.load(random_model)
+    prompts = [list(range(10, 10 + n)) for n in (5, 90, 33, 64, 128, 17, 40, 7)]
+    keys = [[(3, i, j) for j in range(1 + i % 3)] for i in range(8)]
+    params = m.SamplingParams(max_new_tokens=60)
+    alone = [m.generate(model, [p], [k], params, [2, 3])[0] for p, k in zip(prompts, keys)]
+    for batch_size in (1, 3, 5, 100):
+        results, stats = sampled(model, prompts, keys, params, batch_size=batch_size)
+        assert same(results, alone) and stats.evicted == 0
+        tokens = sum(len(c.ids) for row in results for c in row)
+        assert stats.generated == tokens and stats.prompt_tokens == sum(map(len, prompts))
+        if batch_size == 3:  # three rows nearly all the time, though they end at very different times
+            assert stats.steps < 1.4 * tokens / 3
+
+
+def test_little_memory_costs_time_and_nothing_else(random_model):
+    """Guards against: running out of pages, or rows that draw other tokens after they gave their pages back."""
+    model, _ = m.load(random_model)
+    prompts = [list(range(10, 10 + n)) for n in (5, 90, 150, 64, 128, 17)]
+    keys = [[(3, i, j) for j in range(1 + i)] for i in range(6)]
+    params = m.SamplingParams(max_new_tokens=150)
+    free, stats = sampled(model, prompts, keys, params)
+    assert stats.evicted == 0
+    row = 12 * model.config.vocab_size  # what a step needs for each row
+    for pages in (40, 20, 10):
+        results, tight = sampled(model, prompts, keys, params, memory=pages * stats.page_bytes + 21 * row)
+        assert same(results, free) and 0 < tight.peak_pages < pages
+        assert tight.evicted > 0 or pages == 40
+        assert tight.prompt_tokens > stats.prompt_tokens or pages == 40
+    with pytest.raises(InputError, match="one sequence of 300 tokens needs .* give more with --memory"):
+        sampled(model, prompts, keys, params, memory=6 * stats.page_bytes + 21 * row)
+
+
+def test_long_prompt_is_read_in_chunks_beside_the_others(tmp_path):
+    """Guards against: a step that reads a whole long prompt, a cache that holds every row at the longest's length."""
+    model, _ = m.load(make_folder(tmp_path / "model", max_position_embeddings=4096))
+    short, long = list(range(10, 30)), [10 + i % 200 for i in range(3000)]
+    params = m.SamplingParams(max_new_tokens=40)
+    keys = [[(0, 0, j) for j in range(4)], [(0, 1, 0)]]
+    stats, read = m.Stats(), []
+    results = [[None] * 4, [None]]
+    for finished in m.stream(model, [short, long], keys, params, [], stats=stats):
+        read.append(stats.prompt_tokens)
+        for i, j, completion in finished:
+            results[i][j] = completion
+    assert max(b - a for a, b in zip([0, *read], read)) <= 512  # and a token for each short row beside them
+    assert read.index(3020) <= 6 and len(read) <= 6 + 40
+    assert stats.peak_pages <= -(-3040 // 64) + 4 + 1
+    check = oracle(model, long, keys[1][0], m.SamplingParams(max_new_tokens=3), [])
+    assert results[1][0].ids[:3] == check[0]
+    assert same(results[:1], m.generate(model, [short], keys[:1], params, []))
+
+
+def test_packed_model_samples_the_same(random_model):
+    """Guards against: the CPU's packed products, or without its attention kernel the plain one, differing."""
+    model, _ = m.load(random_model)
+    packed, _ = m.load(random_model)
+    m.pack(packed)
+    prompts, keys = [list(range(9, 80)), [11, 12]], [[(0, 0, j) for j in range(5)], [(0, 1, 0)]]
+    params = m.SamplingParams(max_new_tokens=50, top_p=0.9)
+    expected, _ = sampled(model, prompts, keys, params)
+    assert same(sampled(packed, prompts, keys, params)[0], expected)
+    flash, m.FLASH_CPU = m.FLASH_CPU, None
+    try:
+        assert same(sampled(packed, prompts, keys, params)[0], expected)
+    finally:
+        m.FLASH_CPU = flash
+
+
+def test_threshold_equals_a_full_sort():
+    """Guards against: top-p that forgets what lies beyond the likeliest 128 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    probs = (torch.randn(6, 3000, generator=generator) * torch.tensor([0.01, 0.1, 1, 2, 4, 9])[:, None]).softmax(-1)
+    for top_p in (0.1, 0.5, 0.9, 0.95, 0.999):
+        lowest = m.threshold(probs, m.SamplingParams(top_p=top_p))
+        ordered = probs.double().sort(descending=True).values
+        for row, cut, p in zip(probs, lowest, ordered):
+            kept = int((p.cumsum(-1) - p < top_p).sum())
+            assert abs(int((row >= cut).sum()) - kept) <= 1  # float32 sums may cross top-p one token apart
 
 
 def test_sampled_frequencies_follow_the_distribution():
@@ -172,11 +266,12 @@ def test_sampled_frequencies_follow_the_distribution():
     logits = torch.tensor([[0.0, 2.0, 1.0, -1.0, -math.inf]])
     u = torch.from_numpy(m.uniforms(("frequencies",), 20000))
     for filters in ({}, {"top_k": 5}):
-        drawn = m.sample_token(logits.expand(20000, -1), u, m.SamplingParams(**filters))
+        drawn, logprob = m.sample_token(logits.repeat(20000, 1), u, m.SamplingParams(**filters))
+        torch.testing.assert_close(logprob, logits[0].log_softmax(-1)[drawn])
         counts = torch.bincount(drawn, minlength=5) / 20000
         torch.testing.assert_close(counts, logits[0].softmax(-1), atol=0.015, rtol=0)
     # The largest number below 1 and an exact 0 draw possible tokens, not one beyond the end.
-    edge = m.sample_token(logits.expand(2, -1), torch.tensor([0.0, 1 - 2**-24]), m.SamplingParams())
+    edge, _ = m.sample_token(logits.repeat(2, 1), torch.tensor([0.0, 1 - 2**-24]), m.SamplingParams())
     assert edge.tolist() == [0, 3]
 
 
