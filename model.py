@@ -655,7 +655,9 @@ def sample_token(logits, u, params):
         probs = torch.softmax(logits / params.temperature, -1)
     kept = probs
     if params.top_k or params.top_p < 1 or params.min_p:
-        kept = torch.where(probs >= threshold(probs, params), probs, 0.0)
+        kept = torch.ge(probs, threshold(probs, params), out=torch.empty_like(probs)).mul_(
+            probs
+        )  # without a bool tensor
     # The cumulative sum in two levels: over blocks of the vocabulary, then inside the one block that u falls into.
     B, block = len(kept), 256
     padded = F.pad(kept, (0, -kept.shape[1] % block)) if kept.shape[1] % block else kept
@@ -744,7 +746,8 @@ class PagedCache:
         else:  # numpy's zeros, unlike torch's, are not written before they are used
             size = L * n_pages * K * page * D * dtype.itemsize
             zeros = (torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).to(device) for _ in range(2))
-            self.k, self.v = (z.view(L, n_pages, K, page, D).transpose(2, 3) for z in zeros)  # [L, P, page, K, D]
+            # Lying as [P, L, K, page, D], so that memory not yet touched is whole pages; used as [L, P, page, K, D].
+            self.k, self.v = (z.view(n_pages, L, K, page, D).permute(1, 0, 3, 2, 4) for z in zeros)
         self.free = list(range(1, n_pages))  # in order
         self.users = [0] * n_pages
         self.shared = [False] * n_pages
