@@ -57,7 +57,6 @@ try:
     from torch.nn.attention.varlen import varlen_attn  # attention over pages of a cache, from torch 2.13
 except ImportError:
     varlen_attn = None
-FLASH_CPU = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 # ------------------------------------------------------------------------------------------------
 # Config
@@ -733,24 +732,19 @@ class PagedCache:
     """Keys and values of all layers in pages of `page` positions, shared out among rows and back again.
 
     Page 0 takes what the padding rows of a CUDA graph write. Pages that several rows read are taken from the low
-    end and a row's own from the high end, so that on a CPU each kind is one slice, and no page need be copied to
-    be read. Memory that no page has used yet is asked for but not touched.
+    end and a row's own from the high end, so that each kind is one slice, and no page need be copied to be read.
     """
 
     def __init__(self, config, n_pages, page, dtype, device):
         L, K, D = config.n_layers, config.n_kv_heads, config.head_dim
-        self.page, self.n_heads, self.device = page, config.n_heads, device
+        self.page, self.heads, self.device = page, (K, config.n_heads // K), device
         self.varlen = use_varlen(device, dtype)
-        if self.varlen:
-            self.k, self.v = (torch.zeros(L, n_pages, page, K, D, dtype=dtype, device=device) for _ in range(2))
-        else:  # numpy's zeros, unlike torch's, are not written before they are used
-            size = L * n_pages * K * page * D * dtype.itemsize
-            zeros = (torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).to(device) for _ in range(2))
-            # Lying as [P, L, K, page, D], so that memory not yet touched is whole pages; used as [L, P, page, K, D].
-            self.k, self.v = (z.view(n_pages, L, K, page, D).permute(1, 0, 3, 2, 4) for z in zeros)
+        # Memory that no page has used yet is asked for but not touched; a page is cleared when it is taken.
+        shape = (L, n_pages, page, K, D) if self.varlen else (L, n_pages, K, page, D)
+        self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         self.free = list(range(1, n_pages))  # in order
         self.users = [0] * n_pages
-        self.shared = [False] * n_pages
+        self.shared = np.zeros(n_pages, dtype=bool)
         self.peak = 0  # the most pages ever in use
 
     @staticmethod
@@ -761,6 +755,7 @@ class PagedCache:
         pages = [self.free.pop(0 if shared else -1) for _ in range(n)]
         for page in pages:
             self.users[page], self.shared[page] = 1, shared
+            self.k[:, page], self.v[:, page] = 0, 0  # what is masked still must be a number
         self.peak = max(self.peak, len(self.users) - 1 - len(self.free))
         return pages
 
@@ -773,84 +768,85 @@ class PagedCache:
     def copy(self, source, target):
         self.k[:, target], self.v[:, target] = self.k[:, source], self.v[:, source]
 
-    def plan(self, sequences, n_rows):
+    def plan(self, sequences, n_rows, positions):
         """Fix where the next step's tokens go and what they see.
 
         `sequences`: (pages, first position, tokens) of each; the first `n_rows` have one token, the others are
-        stretches of prompts. The tokens of a step lie one after another in one flat row.
+        stretches of prompts. The tokens of a step lie one after another in one flat row, at `positions` [T].
         """
-        page, device = self.page, self.device
-        self.n_rows, self.masks = n_rows, {}
+        width = max(len(pages) for pages, _, _ in sequences)
+        table = np.array([pages + [0] * (width - len(pages)) for pages, _, _ in sequences])  # [sequences, width]
+        counts = torch.tensor([n for _, _, n in sequences], device=self.device)
+        self.table = torch.from_numpy(table).to(self.device, torch.int32)
+        self.owner = torch.arange(len(sequences), device=self.device).repeat_interleave(counts)  # [T]
+        self.ends = F.pad(counts.cumsum(0), (1, 0)).int()  # [sequences + 1]
+        self.longest = max(n for _, _, n in sequences)
+        self.place(positions)
         if self.varlen:
-            width = max(len(pages) for pages, _, _ in sequences)
-            table = [pages + [0] * (width - len(pages)) for pages, _, _ in sequences]
-            self.table = torch.tensor(table, dtype=torch.int32, device=device)  # [sequences, width]
-            counts = torch.tensor([n for _, _, n in sequences], device=device)
-            self.longest = max(n for _, _, n in sequences)
-            self.ends = F.pad(counts.cumsum(0), (1, 0)).int()  # [sequences + 1]
-            self.owner = torch.arange(len(sequences), device=device).repeat_interleave(counts)  # [T]
             return
-        where = [(pages[p // page], p % page) for pages, first, n in sequences for p in range(first, first + n)]
-        where = torch.tensor(where, device=device)
-        self.page_of, self.slot = where[:, 0], where[:, 1]  # [T] each
-        self.stretches = [(torch.tensor(pages, device=device), first, n) for pages, first, n in sequences[n_rows:]]
+        self.stretches = [(torch.tensor(pages, device=self.device), *at, {}) for pages, *at in sequences[n_rows:]]
 
-        # The rows' pages: for each page of a slice of the cache, who reads it and which positions it holds.
-        readers, start = {}, {}
-        for row, (pages, _, _) in enumerate(sequences[:n_rows]):
-            for i, number in enumerate(pages):
-                readers.setdefault(number, []).append(row)
-                start[number] = i * page
-        self.slices = []
+        # For each page of a slice of the cache: the rows that read it, and which positions it holds.
+        self.slices, self.n_rows = [], n_rows
+        row, column = table[:n_rows].nonzero()
+        number = table[row, column]
         for shared in (True, False):
-            used = [number for number in readers if self.shared[number] == shared]
-            if used:
-                low, high = min(used), max(used) + 1
-                most = max(len(readers[number]) for number in used)
-                nobody = [n_rows] * most  # a row that is not there: free pages inside the slice, and padding
-                owner = [(readers.get(number, []) + nobody)[:most] for number in range(low, high)]
-                starts = torch.tensor([start.get(number, 0) for number in range(low, high)], device=device)
-                self.slices.append(((low, high), torch.tensor(owner, device=device), starts))
-        self.last = torch.tensor([first for _, first, _ in sequences[:n_rows]] + [-1], device=device)  # [rows + 1]
+            mine = (self.shared[number] == shared).nonzero()[0]
+            if len(mine):
+                mine = mine[np.argsort(number[mine], kind="stable")]
+                low, high = number[mine[0]], number[mine[-1]] + 1
+                at = number[mine] - low
+                rank = np.arange(len(at)) - np.searchsorted(at, at)  # 0, 1, ... among the rows that read one page
+                readers = np.full((high - low, rank.max() + 1), n_rows)  # [P, n]; row n_rows is not there
+                readers[at, rank] = row[mine]
+                start = np.zeros(high - low, dtype=np.int64)
+                start[at] = column[mine] * self.page
+                readers, start = (torch.from_numpy(x).to(self.device) for x in (readers, start))
+                self.slices.append((slice(low, high), readers, start, {}))
 
-    def move(self, positions):
-        """positions [T]: those of the next step's tokens, for a step on the GPU that is replayed or repeated."""
+    def place(self, positions):
+        """positions [T]: where the tokens of the next step go; by itself for a step that is replayed."""
         self.page_of = self.table[self.owner, positions // self.page]  # [T]
         self.slot = positions % self.page
+        self.positions = positions
         self.used = (positions[self.ends[1:] - 1] + 1).int()  # [sequences]
 
     def attend(self, attention, q, k, v):
         """q [T, H, D], k and v [T, K, D] of one layer: written to the cache, then attended to -> [T, H, D]."""
         layer, window = attention.layer, attention.window
-        self.k[layer][self.page_of, self.slot], self.v[layer][self.page_of, self.slot] = k, v
         if self.varlen:
+            self.k[layer][self.page_of, self.slot], self.v[layer][self.page_of, self.slot] = k, v
             span = self.table.shape[1] * self.page
             look_back = (-1 if window is None else window - 1, 0)
             options = {"window_size": look_back, "seqused_k": self.used, "block_table": self.table, "enable_gqa": True}
             return varlen_attn(q, self.k[layer], self.v[layer], self.ends, None, self.longest, span, **options)
+        for cache, new in ((self.k, k), (self.v, v)):
+            cache[layer].transpose(1, 2)[self.page_of, self.slot] = new
         parts, at = [], self.n_rows
         if self.n_rows:
             parts.append(self.attend_rows(layer, window, q[:at]))
-        for i, (_, _, n) in enumerate(self.stretches):
-            parts.append(self.attend_stretch(layer, window, i, q[at : at + n], k[at : at + n], v[at : at + n]))
+        for stretch in self.stretches:
+            n = stretch[2]
+            parts.append(self.attend_stretch(layer, window, stretch, q[at : at + n], k[at : at + n], v[at : at + n]))
             at += n
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def attend_stretch(self, layer, window, i, q, k, v):
+    def attend_stretch(self, layer, window, stretch, q, k, v):
         """n tokens of a prompt, q [n, H, D], attend to its pages up to themselves -> [n, H, D]."""
-        pages, first, n = self.stretches[i]
-        if first:
-            k = self.k[layer][pages].flatten(0, 1)[: first + n]  # [S, K, D]
-            v = self.v[layer][pages].flatten(0, 1)[: first + n]
+        pages, first, n, masks = stretch
         K, S = k.shape[1], first + n
+        if first:
+            k, v = (x[layer][pages].transpose(0, 1).flatten(1, 2)[:, :S] for x in (self.k, self.v))  # [K, S, D]
+        else:
+            k, v = k.transpose(0, 1), v.transpose(0, 1)
         q = q.unflatten(1, (K, -1)).permute(1, 2, 0, 3)  # [K, G, n, D]
-        k, v = (x.transpose(0, 1)[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))  # [K, G, S, D], not copied
+        k, v = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))  # [K, G, S, D], not copied
         mask = None
         if first or (window is not None and S > window):
-            if (i, window) not in self.masks:
+            if window not in masks:
                 back = torch.arange(first, S, device=q.device)[:, None] - torch.arange(S, device=q.device)  # [n, S]
-                self.masks[i, window] = (back >= 0) & (back < (window or S))
-            mask = self.masks[i, window]
+                masks[window] = (back >= 0) & (back < (window or S))
+            mask = masks[window]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # [K, G, n, D]
         return y.permute(2, 0, 1, 3).flatten(1, 2)
 
@@ -858,48 +854,44 @@ class PagedCache:
         """One token a row, q [B, H, D], attends to the row's pages -> [B, H, D].
 
         Not row by row, but page by page: each page is an entry of a batch, with the queries of all rows that read
-        it, and is read once, where it lies. What a row gets from its pages is then added up, weighted by their
-        shares of the softmax's denominator (as flash attention does with its blocks, arXiv 2205.14135).
+        it, and is read once, where it lies. A row's softmax then runs over what its pages hold, with the row's
+        largest score and its sum of weights brought together from all of them.
         """
-        B, H, D = q.shape
-        K = self.k.shape[3]
-        q = q.view(B, K, H // K, D)  # [B, K, G, D]
-        rows, ys, logs = [], [], []
-        for pages, owner, start in self.slices:
-            P, n = owner.shape
-            if (pages, window) not in self.masks:
-                back = self.last[owner][:, :, None] - start[:, None, None] - torch.arange(self.page, device=q.device)
-                seen = (back >= 0) & (back < (window or self.page * len(self.users)))  # [P, n, page]
-                bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
-                bias.masked_fill_(
-                    ~seen, torch.finfo(q.dtype).min / 2
-                )  # finite: a page of which nothing is seen is no NaN
-                # One line for each query: those of a row's G heads are alike.
-                bias = bias[:, :, None].expand(-1, -1, H // K, -1) if n > 1 else bias[:, :, None]
-                self.masks[pages, window] = bias.flatten(1, 2)[:, None]  # [P, 1, n * G or 1, page]
-            here = q[owner.clamp(max=B - 1)].transpose(1, 2).reshape(P, K, -1, D)  # [P, n, K, G, D] -> [P, K, n * G, D]
-            k, v = (x[layer, slice(*pages)].transpose(1, 2) for x in (self.k, self.v))  # [P, K, page, D]
-            y, log = attend_part(here, k, v, self.masks[pages, window])  # [P, K, n * G, D], [P, K, n * G]
-            rows.append(owner.flatten())  # [P * n]
-            ys.append(y.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1))  # [P * n, K, G, D]
-            logs.append(log.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1))  # [P * n, K, G]
-        row, y, log = (torch.cat(x) if len(x) > 1 else x[0] for x in (rows, ys, logs))
-        shape = (B + 1, K, H // K)
-        top = torch.full(shape, -math.inf, device=q.device)
-        top.scatter_reduce_(0, row[:, None, None].expand_as(log), log, "amax")  # [B + 1, K, G]
-        weight = (log - top[row]).exp_()
-        total = torch.zeros(shape, device=q.device).index_add_(0, row, weight)
-        y = torch.zeros(*shape, D, device=q.device).index_add_(0, row, y * weight[..., None])
+        (B, H, D), K = q.shape, self.k.shape[2]
+        q = q.view(B, K, -1, D)  # [B, K, G, D]
+        shape = (B + 1, K, H // K)  # the last row is nobody's
+        top, scores = torch.full(shape, -math.inf, device=q.device), []
+
+        def by_row(x, n):  # [P * K, n * G, ...] -> [P * n, K, G, ...]
+            return x.unflatten(1, (n, -1)).unflatten(0, (-1, K)).transpose(1, 2).flatten(0, 1)
+
+        def by_page(x, readers):  # [rows, K, G, ...] -> [P * K, n * G, ...]
+            return x[readers].transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+        for part, readers, start, masks in self.slices:
+            if window not in masks:
+                masks[window] = self.mask(readers, start, window)
+            here = by_page(q, readers.clamp(max=B - 1)).float()  # [P * K, n * G, D]
+            keys = self.k[layer, part].flatten(0, 1).float()  # [P * K, page, D]
+            scores.append(torch.baddbmm(masks[window], here, keys.mT, alpha=D**-0.5))  # [P * K, n * G, page]
+            high = by_row(scores[-1].amax(-1), readers.shape[1])
+            top.scatter_reduce_(0, readers.view(-1, 1, 1).expand_as(high), high, "amax")
+        total, y = torch.zeros(shape, device=q.device), torch.zeros(*shape, D, device=q.device)
+        for (part, readers, *_), x in zip(self.slices, scores):
+            weight = x.sub_(by_page(top, readers)[..., None]).exp_()
+            values = self.v[layer, part].flatten(0, 1).float()  # [P * K, page, D]
+            total.index_add_(0, readers.flatten(), by_row(weight.sum(-1), readers.shape[1]))
+            y.index_add_(0, readers.flatten(), by_row(torch.bmm(weight, values), readers.shape[1]))
         return (y / total[..., None])[:B].flatten(1, 2).to(q.dtype)
 
-
-def attend_part(q, k, v, bias):
-    """Attention to a part of the keys -> (its result, the logarithm of its softmax's denominator, float32)."""
-    if FLASH_CPU is not None and q.is_cpu:
-        return FLASH_CPU(q, k, v, 0.0, False, attn_mask=bias)
-    scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.shape[-1]) + bias
-    log = scores.logsumexp(-1)
-    return (scores - log[..., None]).exp().to(q.dtype) @ v, log
+    def mask(self, readers, start, window):
+        """What a row may see of a page -> 0, or -inf where it may not, [P * K, n * G, page]."""
+        (P, n), (K, G) = readers.shape, self.heads
+        last = F.pad(self.positions[: self.n_rows], (0, 1), value=-1)  # [B + 1]
+        back = last[readers][:, :, None] - start[:, None, None] - torch.arange(self.page, device=start.device)
+        seen = (back >= 0) & (back < (window or self.page * len(self.users)))  # [P, n, page]
+        bias = torch.where(seen, 0.0, -math.inf)[:, None, :, None]
+        return bias.expand(P, K, n, G, self.page).reshape(P * K, n * G, self.page)
 
 
 def use_varlen(device, dtype):
@@ -947,7 +939,7 @@ class DecodeGraphs:
             cache.table, cache.longest, cache.n_rows = self.table[:size], 1, size
             cache.owner = torch.arange(size, device=cache.device)
             cache.ends = torch.arange(size + 1, dtype=torch.int32, device=cache.device)
-            cache.move(self.positions[:size])
+            cache.place(self.positions[:size])
             return self.model.logits(self.model(self.ids[:size], self.positions[:size], cache.attend))
 
         side = torch.cuda.Stream()  # a first run outside the recording: libraries set themselves up
@@ -1100,14 +1092,12 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
         ids, positions = torch.tensor(ids, device=device), torch.tensor(positions, device=device)
         logits, before, burst = None, [], 1
         if sequences:
-            cache.plan(sequences, len(rows))
+            cache.plan(sequences, len(rows), positions)
             if recorded and not reading and not ready:
                 burst = min(ahead, *(row.limit - len(row.ids) for row in rows))
                 recorded.plan(cache.table)
                 logits = recorded.step(ids, positions)
             else:
-                if varlen:
-                    cache.move(positions)
                 hidden = model(ids, positions, cache.attend)  # [T, C]
                 for prompt, at in read:
                     prompt.hidden = hidden[at]

@@ -24,6 +24,8 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -42,13 +44,19 @@ for shape in SHAPES.values():
     shape |= {"architectures": ["Qwen2ForCausalLM"], "eos_token_id": 151645}
 
 
-def make_prompts(n, length, vocab, seed=0):
-    """n prompts of random ids, half to one and a half times `length` tokens long; without a seed, `length` each."""
-    import numpy as np
+def chat_prompts(args, n):
+    """The first n problems, each as the chat prompt of the model in args.model -> lists of token ids."""
+    import model as m
+    import sample
 
-    random = np.random.default_rng(seed)
-    lengths = [length] * n if seed is None else random.integers(length // 2, length * 3 // 2, n)
-    return [random.integers(10, vocab - 300, size).tolist() for size in lengths]
+    folder = m.find_model(args.model)
+    tokenizer = m.Tokenizer(folder, m.Config.from_dict(sample.read_json(folder / "config.json")))
+    return [tokenizer.encode_chat(row["problem"])[1] for row in sample.load_problems(args.problems, n)]
+
+
+def random_prompts(n, length):
+    """n prompts of `length` random ids."""
+    return np.random.default_rng(0).integers(10, 49000, (n, length)).tolist()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -124,8 +132,6 @@ def llama(args):
     import llama_cpp as lc
 
     lc.llama_backend_init()
-    quiet = lc.llama_log_callback(lambda *_: None)
-    lc.llama_log_set(quiet, None)
     model = lc.llama_model_load_from_file(args.gguf.encode(), lc.llama_model_default_params())
 
     def run(prompts, n, new_tokens):
@@ -140,6 +146,7 @@ def llama(args):
         for i in range(rows):
             sampler = lc.llama_sampler_chain_init(lc.llama_sampler_chain_default_params())
             lc.llama_sampler_chain_add(sampler, lc.llama_sampler_init_top_p(0.95, 1))
+            lc.llama_sampler_chain_add(sampler, lc.llama_sampler_init_temp(1.0))
             lc.llama_sampler_chain_add(sampler, lc.llama_sampler_init_dist(i))
             samplers.append(sampler)
         batch = lc.llama_batch_init(2048, 0, 1)
@@ -279,8 +286,7 @@ def speed(args, report):
         real = model not in SHAPES
         names += ["llama.cpp 4-bit"] if real and args.llama and args.gguf else []
         names += ["vllm"] if real and args.vllm else []
-        vocab = SHAPES[model]["vocab_size"] if model in SHAPES else 49152
-        asked = {"prompts": make_prompts(rows, 90, vocab), "n": 1, "new_tokens": new_tokens}
+        asked = {"prompts": chat_prompts(args, rows), "n": 1, "new_tokens": new_tokens}
         engines = {name: Engine(name, args, model) for name in names}
         times, ceilings = {name: [] for name in names}, []
         for round in range(args.rounds + 1):
@@ -305,7 +311,7 @@ def speed(args, report):
 def properties(args, report):
     """What the sampler promises about its own costs."""
     engine = Engine("ours", args, args.model)
-    engine.run(prompts=make_prompts(4, 50, 49152), n=1, new_tokens=8)
+    engine.run(prompts=random_prompts(4, 50), n=1, new_tokens=8)
 
     def median(**work):
         return statistics.median(engine.run(**work)["seconds"] for _ in range(args.rounds))
@@ -316,7 +322,7 @@ def properties(args, report):
         return [statistics.median(x[i]["seconds"] for x in both) for i in (0, 1)] + [both[0]]
 
     found = report["properties"]
-    long, short = make_prompts(8, 400, 49152, None), make_prompts(8, 20, 49152, None)
+    long, short = random_prompts(8, 400), random_prompts(8, 20)
     prefill = median(prompts=long, n=1, new_tokens=1)
     with_long, with_short, _ = pairs(
         {"prompts": long, "n": 16, "new_tokens": 64}, {"prompts": short, "n": 16, "new_tokens": 64}
@@ -326,7 +332,7 @@ def properties(args, report):
         f"8 x 16 candidates, prompts of 400 against 20 tokens and one prefill   {found['shared_prompt']:.2f}  (<= 1.15)"
     )
 
-    prompts = make_prompts(96, 60, 49152)
+    prompts = random_prompts(96, 60)
     mixed = {"prompts": prompts, "n": 1, "new_tokens": 256, "lengths": [16, 256] * 48, "batch_size": 32}
     uniform = {**mixed, "lengths": [136] * 96}
     a, b, _ = pairs(mixed, uniform)
@@ -345,7 +351,7 @@ def properties(args, report):
             f"4 prompts x {n:2} candidates: {done['seconds']:6.2f} s, {rate:5.2f} s for each, {read} prompt tokens read"
         )
     for length in (100, 200, 400, 800, 1600):
-        done = engine.run(prompts=make_prompts(4, length, 49152, None), n=4, new_tokens=32)
+        done = engine.run(prompts=random_prompts(4, length), n=4, new_tokens=32)
         found["by_prompt"][length] = done
         print(f"4 prompts of {length:4} tokens x 4: {done['seconds']:6.2f} s", flush=True)
     engine.close()
@@ -353,7 +359,7 @@ def properties(args, report):
     engine = Engine("ours", args, args.model)
     engine.ask("memory")
     before = engine.ask("memory")["now"]
-    done = engine.run(prompts=make_prompts(64, 400, 49152), n=1, new_tokens=64)
+    done = engine.run(prompts=random_prompts(64, 400), n=1, new_tokens=64)
     peak = engine.ask("memory")["peak"]
     engine.close()
     found["memory"] = {"before": before, "cache": done["cache"], "peak": peak}
@@ -365,6 +371,7 @@ def properties(args, report):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--model", default=os.environ.get("GSR_REAL_MODEL"), help="folder of SmolLM2-135M-Instruct")
+    parser.add_argument("--problems", default="gsm8k", help="their prompts are used (default: gsm8k)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=["speed", "properties"])
     parser.add_argument("--works", nargs="*", help="of the speeds, only these models")
