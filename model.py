@@ -8,8 +8,9 @@ This file is read top to bottom, and each part uses only what stands above it:
     Decoder                embeddings, layers, output matrix
     load, save             Hugging Face folders, in and out; hub ids; the table of short names
     Tokenizer              text <-> token ids, and the chat template
-    KVCache                the keys and values of what has been read so far
-    generate               a batched sampler: ragged prompts in, completions out
+    sample_token           logits -> one token, by temperature, top-k, top-p and min-p
+    PagedCache             the keys and values of what has been read so far, in pages that rows share
+    stream, generate       continuous batching: prompts in, completions out as they finish
 
 One decoder covers Llama, Mistral, Qwen2/2.5, Qwen3 and SmolLM2, because they differ only in details
 that their config.json names: grouped-query attention, biases, a norm on queries and keys, the head
@@ -17,14 +18,30 @@ size, tied embeddings, the scaling of RoPE and a sliding window. Module names ar
 checkpoints, so that a state dict loads without renaming.
 
 Left out of the textbook: dropout (nobody uses it at this scale), attention weights as an output,
-beam search, and left padding (prompts are padded on the right, where the causal mask hides the
-padding by itself). Try it on a question:
+beam search, and padding in the sampler: all tokens of a step lie one after another in one flat row.
 
-    python model.py --model tiny "Start with 5. Then: +3, *2. What is the result?"
+The cache is cut into pages of 64 positions. Two samples of one prompt of 150 tokens share its two full
+pages, and each has a copy of the third, on which it goes on by itself:
+
+    the prompt's pages      | 0 .. 63 | 64 .. 127 |
+    sample 0, own pages                           | 128 .. 149, then what it draws .. 191 | 192 .. |
+    sample 1, own pages                           | 128 .. 149, then what it draws .. 191 | 192 .. |
+
+The life of a row, in `stream`:
+
+    waiting    its prompt comes in when there are pages for it and batch room for its samples
+    reading    each step reads up to a chunk of the prompts on their way, beside one token of every row
+    ready      the prompt is read, once for all its samples; they start as soon as the batch has room
+    row        a token a step; a new page when the last one is full
+    done       at a stop token or at its limit: its pages are free again at once, and the next prompt comes in
+    evicted    when no page is free, the youngest gives its own up and waits again, what it drew kept
+
+Try it on a question:
+
     python model.py --model smollm2-135m "How many legs do three spiders have?"
 
 Letters in the shape comments:
-    B batch rows   T new tokens of a row   S cached positions   V vocabulary   L layers
+    B batch rows   T tokens of a step or of a row   S positions   P pages   V vocabulary   L layers
     C model width  H query heads   K key/value heads   G = H / K   D head size   F width of the MLP
 """
 
