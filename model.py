@@ -620,15 +620,10 @@ class Completion:
     finish_reason: str  # "stop", or "length" when max_new_tokens or the context was used up
 
 
-def random_stream(key):
-    """A generator that depends on nothing but `key`, a tuple such as (seed, problem id, sample index)."""
-    words = hashlib.sha256(json.dumps(key).encode()).digest()[:16]
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(words, "little")))
-
-
 def uniforms(key, n):
-    """The first n numbers in [0, 1) of the stream of `key`."""
-    return random_stream(key).random(n, dtype=np.float32)
+    """n numbers in [0, 1) that depend on nothing but `key`, a tuple such as (seed, problem id, sample index)."""
+    words = hashlib.sha256(json.dumps(key).encode()).digest()[:16]
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(words, "little"))).random(n, dtype=np.float32)
 
 
 def threshold(probs, params):
@@ -811,15 +806,18 @@ class PagedCache:
             mine = (self.shared[number] == shared).nonzero()[0]
             if len(mine):
                 mine = mine[np.argsort(number[mine], kind="stable")]
-                low, high = number[mine[0]], number[mine[-1]] + 1
-                at = number[mine] - low
+                pages = np.unique(number[mine])
+                low, high = pages[0], pages[-1] + 1
+                if 2 * len(pages) > high - low:
+                    pages = np.arange(low, high)  # with a few that nobody reads, but not copied
+                at = np.searchsorted(pages, number[mine])
                 rank = np.arange(len(at)) - np.searchsorted(at, at)  # 0, 1, ... among the rows that read one page
-                readers = np.full((high - low, rank.max() + 1), n_rows)  # [P, n]; row n_rows is not there
+                readers = np.full((len(pages), rank.max() + 1), n_rows)  # [P, n]; row n_rows is not there
                 readers[at, rank] = row[mine]
-                start = np.zeros(high - low, dtype=np.int64)
+                start = np.zeros(len(pages), dtype=np.int64)
                 start[at] = column[mine] * self.page
-                readers, start = (torch.from_numpy(x).to(self.device) for x in (readers, start))
-                self.slices.append((slice(low, high), readers, start, {}))
+                pages, readers, start = (torch.from_numpy(x).to(self.device) for x in (pages, readers, start))
+                self.slices.append((slice(low, high) if len(pages) == high - low else pages, readers, start, {}))
 
     def place(self, positions):
         """positions [T]: where the tokens of the next step go; by itself for a step that is replayed."""
@@ -977,8 +975,9 @@ class Row:
 
     i: int  # its prompt
     j: int  # its number among that prompt's samples
-    random: np.random.Generator
+    key: tuple
     limit: int  # new tokens at most
+    uniforms: np.ndarray = None  # [limit], one for each new token, from when it starts
     ids: list = field(default_factory=list)  # the new tokens; all but the last one are in the cache
     logprob: float = 0.0
     pages: list = field(default_factory=list)
@@ -1052,7 +1051,7 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
     waiting = deque()  # prompts not begun
     for i, (ids, samples) in enumerate(zip(prompts, keys)):
         limit = min(params.max_new_tokens, config.context - len(ids))
-        rows = [Row(i, j, random_stream(key), limit) for j, key in enumerate(samples)]
+        rows = [Row(i, j, key, limit) for j, key in enumerate(samples)]
         if rows:
             waiting.append(Reading(ids, rows))
     reading, ready, rows = [], [], []  # prompts half read; read, with samples to start; samples being decoded
@@ -1137,6 +1136,8 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
                     own = cache.take(1)
                     cache.copy(prompt.pages[-1], own[0])
                 row = prompt.rows.pop(0)
+                if row.uniforms is None:
+                    row.uniforms = uniforms(row.key, row.limit)
                 row.pages = prompt.pages[: len(prompt.ids) // page] + own
                 if prompt.rows:
                     for number in row.pages[: len(prompt.ids) // page]:
@@ -1154,7 +1155,7 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
             logits = model.logits(torch.cat(before + [hidden[None] for hidden in starts]))  # [B, V]
 
         # 5. Draw, and go on from what was drawn while a burst lasts.
-        u = np.stack([row.random.random(burst, dtype=np.float32) for row in rows], axis=1)  # [burst, B]
+        u = np.stack([row.uniforms[len(row.ids) :][:burst] for row in rows], axis=1)  # [burst, B]
         drawn = []
         for step, now in enumerate(torch.from_numpy(u).to(device), 1):
             token, logprob = sample_token(logits.float(), now, params)

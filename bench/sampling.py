@@ -87,7 +87,7 @@ def ours(args):
         keys = [[(0, i, j) for j in range(n)] for i in range(len(prompts))]
         stats, row = m.Stats(), m.Row
         if lengths:  # as if prompt i's samples stopped by themselves after so many tokens
-            m.Row = lambda i, j, random, limit: row(i, j, random, lengths[i])
+            m.Row = lambda i, j, key, limit: row(i, j, key, lengths[i])
         started = time.perf_counter()
         m.generate(model, prompts, keys, params, [], batch_size=batch_size, graphs=graphs, stats=stats)
         seconds = time.perf_counter() - started
