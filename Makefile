@@ -1,12 +1,13 @@
 # make setup   a virtual environment in .venv with the pinned requirements
 # make demo    the whole method on the built-in tiny model, in minutes on a CPU
 # make test    the tests
+# make bench   the sampler beside other engines; GSR_REAL_MODEL is the folder of SmolLM2-135M-Instruct
 PYTHON ?= python3
 PY := .venv/bin/python
 RUN := runs/tiny
 
 setup: .venv/installed
-.PHONY: setup demo test
+.PHONY: setup demo test bench
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -29,3 +30,6 @@ demo: .venv/installed
 test: .venv/installed-test
 	.venv/bin/ruff check .
 	$(PY) -m pytest -q
+
+bench: .venv/installed-test
+	$(PY) bench/sampling.py

@@ -371,7 +371,9 @@ def properties(args, report):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--model", default=os.environ.get("GSR_REAL_MODEL"), help="folder of SmolLM2-135M-Instruct")
-    parser.add_argument("--problems", default="gsm8k", help="their prompts are used (default: gsm8k)")
+    here = os.environ.get("GSR_PROBLEMS")
+    problems = f"{here}/gsm8k.jsonl" if here else "gsm8k"
+    parser.add_argument("--problems", default=problems, help="their prompts are used (default: gsm8k)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=["speed", "properties"])
     parser.add_argument("--works", nargs="*", help="of the speeds, only these models")
