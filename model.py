@@ -744,7 +744,7 @@ class PagedCache:
     """Keys and values of all layers in pages of `page` positions, shared out among rows and back again.
 
     Page 0 takes what the padding rows of a CUDA graph write. Pages that several rows read are taken from the low
-    end and a row's own from the high end, so that each kind is one slice, and no page need be copied to be read.
+    end and a row's own from the high end, so that these are one slice and need not be copied to be read.
     """
 
     def __init__(self, config, n_pages, page, dtype, device):
@@ -798,26 +798,50 @@ class PagedCache:
             return
         self.stretches = [(torch.tensor(pages, device=self.device), *at, {}) for pages, *at in sequences[n_rows:]]
 
-        # For each page of a slice of the cache: the rows that read it, and which positions it holds.
-        self.slices, self.n_rows = [], n_rows
-        row, column = table[:n_rows].nonzero()
-        number = table[row, column]
-        for shared in (True, False):
-            mine = (self.shared[number] == shared).nonzero()[0]
-            if len(mine):
-                mine = mine[np.argsort(number[mine], kind="stable")]
-                pages = np.unique(number[mine])
-                low, high = pages[0], pages[-1] + 1
-                if 2 * len(pages) > high - low:
-                    pages = np.arange(low, high)  # with a few that nobody reads, but not copied
-                at = np.searchsorted(pages, number[mine])
-                rank = np.arange(len(at)) - np.searchsorted(at, at)  # 0, 1, ... among the rows that read one page
-                readers = np.full((len(pages), rank.max() + 1), n_rows)  # [P, n]; row n_rows is not there
-                readers[at, rank] = row[mine]
-                start = np.zeros(len(pages), dtype=np.int64)
-                start[at] = column[mine] * self.page
-                pages, readers, start = (torch.from_numpy(x).to(self.device) for x in (pages, readers, start))
-                self.slices.append((slice(low, high) if len(pages) == high - low else pages, readers, start, {}))
+        # What attend_rows reads, in two parts: pages of one row each, and pages that all samples of a prompt read.
+        # Of each part: blocks of pages, [P, W]; who reads them, [P, n] (row n_rows is nobody); the positions that
+        # they hold, from `start` to before `end`, [P].
+        self.parts, self.n_rows, table = [], n_rows, table[:n_rows]
+        shared = self.shared[table]  # [B, width], in each row first some that are shared, then some that are not
+        row, column = (~shared & (table > 0)).nonzero()
+        if len(row):
+            order = table[row, column].argsort()
+            row, column = row[order], column[order]
+            pages = table[row, column]
+            low, high = pages[0], pages[-1] + 1
+            if 2 * len(pages) > high - low:  # one slice of the cache, with a few that nobody reads, but not copied
+                readers, start = np.full(high - low, n_rows), np.zeros(high - low, dtype=np.int64)
+                readers[pages - low], start[pages - low] = row, column * self.page
+                self.add_part(slice(low, high), readers[:, None], start, start + self.page)
+            else:
+                self.add_part(pages[:, None], row[:, None], column * self.page, (column + 1) * self.page)
+        count = shared.sum(1)
+        [row] = count.nonzero()
+        if len(row):
+            _, one, prompt = np.unique(table[row, 0], return_index=True, return_inverse=True)
+            pages, length = table[row[one]], count[row[one]]  # of each prompt
+            order = prompt.argsort(kind="stable")
+            rank = np.arange(len(row)) - np.searchsorted(prompt[order], prompt[order])  # 0, 1, ... in each prompt
+            readers = np.full((len(one), rank.max() + 1), n_rows)
+            readers[prompt[order], rank] = row[order]
+            # Of the widths that waste at most a tenth on the prompts' last blocks, the largest.
+            wide = max(w for w in (1, 2, 3, 4, 6, 8) if (-(-length // w) * w).sum() <= 1.1 * length.sum())
+            prompt = np.arange(len(one)).repeat(-(-length // wide))  # [P], of each block
+            first = (np.arange(len(prompt)) - np.searchsorted(prompt, prompt)) * wide
+            column = np.minimum(first[:, None] + np.arange(wide), length[prompt, None] - 1)  # [P, W]
+            pages, readers = pages[prompt[:, None], column], readers[prompt]
+            self.add_part(pages, readers, first * self.page, length[prompt] * self.page)
+
+    def add_part(self, pages, readers, start, end):
+        """pages [P, W] or a slice of P pages, readers [P, n], start and end [P]."""
+        K = self.heads[0]
+        if isinstance(pages, slice):
+            where, width = slice(pages.start * K, pages.stop * K), self.page
+        else:
+            where = torch.from_numpy(pages[:, None] * K + np.arange(K)[:, None]).flatten().to(self.device)  # [P * K * W]
+            width = pages.shape[1] * self.page
+        readers, start, end = (torch.from_numpy(x).to(self.device) for x in (readers, start, end))
+        self.parts.append((where, width, readers, start, end, {}))
 
     def place(self, positions):
         """positions [T]: where the tokens of the next step go; by itself for a step that is replayed."""
@@ -868,9 +892,9 @@ class PagedCache:
     def attend_rows(self, layer, window, q):
         """One token a row, q [B, H, D], attends to the row's pages -> [B, H, D].
 
-        Not row by row, but page by page: each page is an entry of a batch, with the queries of all rows that read
-        it, and is read once, where it lies. A row's softmax then runs over what its pages hold, with the row's
-        largest score and its sum of weights brought together from all of them.
+        Not row by row, but block by block of pages: each block is an entry of a batch, with the queries of all rows
+        that read it. A row's softmax then runs over what its blocks hold, with the row's largest score and its sum
+        of weights brought together from all of them.
         """
         (B, H, D), K = q.shape, self.k.shape[2]
         q = q.view(B, K, -1, D)  # [B, K, G, D]
@@ -880,33 +904,37 @@ class PagedCache:
         def by_row(x, n):  # [P * K, n * G, ...] -> [P * n, K, G, ...]
             return x.unflatten(1, (n, -1)).unflatten(0, (-1, K)).transpose(1, 2).flatten(0, 1)
 
-        def by_page(x, readers):  # [rows, K, G, ...] -> [P * K, n * G, ...]
+        def by_block(x, readers):  # [rows, K, G, ...] -> [P * K, n * G, ...]
             return x[readers].transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
-        for part, readers, start, masks in self.slices:
+        def read(cache, where, width):  # -> [P * K, W * page, D]: in place, or gathered where `where` is not a slice
+            return cache[layer].flatten(0, 1)[where].view(-1, width, D).float()
+
+        for where, width, readers, start, end, masks in self.parts:
             if window not in masks:
-                masks[window] = self.mask(readers, start, window)
-            here = by_page(q, readers.clamp(max=B - 1)).float()  # [P * K, n * G, D]
-            keys = self.k[layer, part].flatten(0, 1).float()  # [P * K, page, D]
-            scores.append(torch.baddbmm(masks[window], here, keys.mT, alpha=D**-0.5))  # [P * K, n * G, page]
+                masks[window] = self.mask(width, readers, start, end, window)
+            here = by_block(q, readers.clamp(max=B - 1)).float()  # [P * K, n * G, D]
+            keys = read(self.k, where, width)
+            scores.append(torch.baddbmm(masks[window], here, keys.mT, alpha=D**-0.5))  # [P * K, n * G, W * page]
             high = by_row(scores[-1].amax(-1), readers.shape[1])
             top.scatter_reduce_(0, readers.view(-1, 1, 1).expand_as(high), high, "amax")
         total, y = torch.zeros(shape, device=q.device), torch.zeros(*shape, D, device=q.device)
-        for (part, readers, *_), x in zip(self.slices, scores):
-            weight = x.sub_(by_page(top, readers)[..., None]).exp_()
-            values = self.v[layer, part].flatten(0, 1).float()  # [P * K, page, D]
+        for (where, width, readers, *_), x in zip(self.parts, scores):
+            weight = x.sub_(by_block(top, readers)[..., None]).exp_()
             total.index_add_(0, readers.flatten(), by_row(weight.sum(-1), readers.shape[1]))
-            y.index_add_(0, readers.flatten(), by_row(torch.bmm(weight, values), readers.shape[1]))
+            partial = torch.bmm(weight, read(self.v, where, width))  # [P * K, n * G, D]
+            y.index_add_(0, readers.flatten(), by_row(partial, readers.shape[1]))
         return (y / total[..., None])[:B].flatten(1, 2).to(q.dtype)
 
-    def mask(self, readers, start, window):
-        """What a row may see of a page -> 0, or -inf where it may not, [P * K, n * G, page]."""
+    def mask(self, width, readers, start, end, window):
+        """What a row may see of a block -> 0, or -inf where it may not, [P * K, n * G, W * page]."""
         (P, n), (K, G) = readers.shape, self.heads
         last = F.pad(self.positions[: self.n_rows], (0, 1), value=-1)  # [B + 1]
-        back = last[readers][:, :, None] - start[:, None, None] - torch.arange(self.page, device=start.device)
-        seen = (back >= 0) & (back < (window or self.page * len(self.users)))  # [P, n, page]
+        at = start[:, None] + torch.arange(width, device=start.device)  # [P, W * page]
+        back = last[readers][:, :, None] - at[:, None]  # [P, n, W * page]
+        seen = (back >= 0) & (back < (window or self.page * len(self.users))) & (at < end[:, None])[:, None]
         bias = torch.where(seen, 0.0, -math.inf)[:, None, :, None]
-        return bias.expand(P, K, n, G, self.page).reshape(P * K, n * G, self.page)
+        return bias.expand(P, K, n, G, width).reshape(P * K, n * G, width)
 
 
 def use_varlen(device, dtype):
@@ -1026,12 +1054,12 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
     stats = stats or Stats()
     varlen = use_varlen(device, dtype)
     page = 256 if varlen else 64  # flash attention reads pages of 256
-    chunk = 4096 if device.type == "cuda" else 512  # tokens of prompts read in one step, beside the rows' own
+    chunk = 2048 if device.type == "cuda" else 512  # tokens of prompts read in one step, beside the rows' own
 
     # How much fits. The steps need room as well: about three times the logits, and a chunk's activations.
     stats.page_bytes = PagedCache.bytes_per_page(config, page, dtype)
     step_bytes = 12 * config.vocab_size
-    chunk_bytes = 4 * dtype.itemsize * chunk * (config.mlp_dim + config.dim + 2 * config.n_heads * config.head_dim)
+    chunk_bytes = 4 * dtype.itemsize * 4 * chunk * (config.mlp_dim + config.dim + 2 * config.n_heads * config.head_dim)
     budget = memory if memory is not None else 0.85 * free_memory(device) - chunk_bytes
     batch_size = max(1, min(batch_size, sum(map(len, keys)), int(budget / 4 / step_bytes)))
     budget -= batch_size * step_bytes
@@ -1094,7 +1122,8 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
 
         # 3. One pass of the model: a token of each row, and up to a chunk of the prompts.
         sequences = [(row.pages, len(prompts[row.i]) + len(row.ids) - 1, 1) for row in rows]
-        ids, left, read = [row.ids[-1] for row in rows], chunk, []
+        left = chunk if 2 * len(rows) > batch_size else 4 * chunk  # more while few rows wait for it
+        ids, read = [row.ids[-1] for row in rows], []
         for prompt in reading:
             n = min(left, len(prompt.ids) - prompt.done)
             if n:
