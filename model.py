@@ -838,7 +838,8 @@ class PagedCache:
         if isinstance(pages, slice):
             where, width = slice(pages.start * K, pages.stop * K), self.page
         else:
-            where = torch.from_numpy(pages[:, None] * K + np.arange(K)[:, None]).flatten().to(self.device)  # [P * K * W]
+            where = torch.from_numpy(pages[:, None] * K + np.arange(K)[:, None]).flatten()  # [P * K * W]
+            where = where.to(self.device)
             width = pages.shape[1] * self.page
         readers, start, end = (torch.from_numpy(x).to(self.device) for x in (readers, start, end))
         self.parts.append((where, width, readers, start, end, {}))
@@ -908,7 +909,9 @@ class PagedCache:
             return x[readers].transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
         def read(cache, where, width):  # -> [P * K, W * page, D]: in place, or gathered where `where` is not a slice
-            return cache[layer].flatten(0, 1)[where].view(-1, width, D).float()
+            heads = cache[layer].flatten(0, 1)  # [pages * K, page, D]
+            heads = heads[where] if isinstance(where, slice) else heads.index_select(0, where)
+            return heads.view(-1, width, D).float()
 
         for where, width, readers, start, end, masks in self.parts:
             if window not in masks:

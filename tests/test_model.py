@@ -225,8 +225,9 @@ def test_long_prompt_is_read_in_chunks_beside_the_others(tmp_path):
         read.append(stats.prompt_tokens)
         for i, j, completion in finished:
             results[i][j] = completion
-    assert max(b - a for a, b in zip([0, *read], read)) <= 512  # and a token for each short row beside them
-    assert read.index(3020) <= 6 and len(read) <= 6 + 40
+    steps = [b - a for a, b in zip([0, *read], read)]
+    assert steps[0] <= 4 * 512 and max(steps[1:]) <= 512  # more when nobody waits for it; and the short rows' tokens
+    assert read.index(3020) <= 4 and len(read) <= 4 + 40
     assert stats.peak_pages <= -(-3040 // 64) + 4 + 1
     check = oracle(model, long, keys[1][0], m.SamplingParams(max_new_tokens=3), [])
     assert results[1][0].ids[:3] == check[0]
