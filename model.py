@@ -676,12 +676,14 @@ def sample_token(logits, u, params):
     sums = blocks.sum(-1).double().cumsum(-1)  # [B, V / block]
     target = u[:, None].double() * sums[:, -1:]  # [B, 1], below the total because u is below 1
     at = torch.searchsorted(sums, target, right=True)  # [B, 1], the first block whose sum exceeds the target
+    at = at.clamp(max=sums.shape[1] - 1)
     before = torch.where(at > 0, sums.gather(1, (at - 1).clamp(min=0)), 0.0)
     inside = blocks.gather(1, at[:, :, None].expand(-1, -1, block))[:, 0].double()  # [B, block]
     within = inside.cumsum(-1)
     # The sums of the two levels differ by rounding: never past the block's last possible token.
     offset = torch.minimum(target - before, torch.nextafter(within[:, -1:], torch.zeros_like(target)))
     token = at * block + torch.searchsorted(within, offset, right=True)  # [B, 1]
+    token = token.clamp(max=kept.shape[1] - 1)  # both are past the end only where the logits are no numbers
     chosen = probs.gather(1, token).log() if params.temperature == 1 else logits.gather(1, token) - norm
     return token[:, 0], chosen[:, 0]
 
@@ -1200,6 +1202,11 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
         finished = []
         for at, row in enumerate(rows):
             for tokens, logprobs in drawn:
+                if math.isnan(logprobs[at]):
+                    raise InputError(
+                        f"the model's logits are not numbers for sample {row.j} of prompt {row.i}; its weights are "
+                        "damaged, or too large for this --dtype: try float32"
+                    )
                 row.ids.append(int(tokens[at]))
                 row.logprob += logprobs[at]
                 stats.generated += 1

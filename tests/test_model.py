@@ -271,6 +271,16 @@ def test_sampled_frequencies_follow_the_distribution():
     assert edge.tolist() == [0, 3]
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"temperature": 0.0}, {"temperature": 0.5, "top_k": 5}])
+def test_logits_that_are_no_numbers(random_model, settings):
+    """Guards against: an index error, or a file full of one token, from weights with NaN in them."""
+    model, _ = m.load(random_model)
+    with torch.no_grad():
+        model.model["norm"].weight.fill_(math.nan)
+    with pytest.raises(InputError, match="not numbers for sample 0 of prompt 0"):
+        m.generate(model, [[5, 6]], [[(0, 0, 0)]], m.SamplingParams(max_new_tokens=3, **settings), [])
+
+
 def test_context_ends_a_completion(random_model):
     model, _ = m.load(random_model)
     [[c]] = m.generate(model, [[5] * 1018], [[(0, 0, 0)]], m.SamplingParams(max_new_tokens=50), [])
