@@ -1059,12 +1059,12 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
     stats = stats or Stats()
     varlen = use_varlen(device, dtype)
     page = 256 if varlen else 64  # flash attention reads pages of 256
-    chunk = 2048 if device.type == "cuda" else 512  # tokens of prompts read in one step, beside the rows' own
+    chunk = 2048  # tokens of prompts read in one step, beside the rows' own
 
     # How much fits. The steps need room as well: about three times the logits, and a chunk's activations.
     stats.page_bytes = PagedCache.bytes_per_page(config, page, dtype)
     step_bytes = 12 * config.vocab_size
-    chunk_bytes = 4 * dtype.itemsize * 4 * chunk * (config.mlp_dim + config.dim + 2 * config.n_heads * config.head_dim)
+    chunk_bytes = 4 * dtype.itemsize * chunk * (config.mlp_dim + config.dim + 2 * config.n_heads * config.head_dim)
     budget = memory if memory is not None else 0.85 * free_memory(device) - chunk_bytes
     batch_size = max(1, min(batch_size, sum(map(len, keys)), int(budget / 4 / step_bytes)))
     budget -= batch_size * step_bytes
@@ -1127,8 +1127,7 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
 
         # 3. One pass of the model: a token of each row, and up to a chunk of the prompts.
         sequences = [(row.pages, len(prompts[row.i]) + len(row.ids) - 1, 1) for row in rows]
-        left = chunk if 2 * len(rows) > batch_size else 4 * chunk  # more while few rows wait for it
-        ids, read = [row.ids[-1] for row in rows], []
+        ids, read, left = [row.ids[-1] for row in rows], [], chunk
         for prompt in reading:
             n = min(left, len(prompt.ids) - prompt.done)
             if n:
