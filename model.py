@@ -626,27 +626,37 @@ def uniforms(key, n):
     return np.random.Generator(np.random.Philox(key=int.from_bytes(words, "little"))).random(n, dtype=np.float32)
 
 
-def threshold(probs, params):
-    """probs [B, V] -> [B, 1], the smallest probability that top-k, top-p and min-p let through (in that order).
+def threshold(ordered, params):
+    """ordered [B, n], probabilities, likeliest first -> [B, 1], the smallest that top-k, top-p and min-p let through.
 
-    Tokens that are exactly as likely as the last one pass with it. Nothing is sorted whole but the rows in which
-    the likeliest 128 tokens hold less than top-p: for one row of 152k entries a sort takes as long as all else.
+    The filters apply in that order. Tokens exactly as likely as the last one pass with it.
     """
-    top = probs.topk(min(params.top_k or 128, probs.shape[-1])).values  # [B, k], likeliest first
+    top = ordered[:, : params.top_k or None]
     lowest = top[:, -1:] if params.top_k else torch.zeros_like(top[:, :1])
     if params.top_p < 1:
         # A token passes while the sum before it is below top-p of what top-k has left.
         enough = params.top_p * (top.sum(-1, keepdim=True) if params.top_k else 1.0)
-        sums = top.cumsum(-1)
-        lowest = torch.where(sums - top < enough, top, 2.0).amin(-1, keepdim=True)
-        short = [] if params.top_k else (sums[:, -1] < enough).nonzero()[:, 0]  # waits for the device, once a step
-        if len(short):
-            # numpy sorts with the CPU's vector instructions, ten times as fast as torch.
-            rows = probs[short]
-            rows = torch.from_numpy(np.sort(rows.numpy())) if rows.is_cpu else rows.sort().values
-            rows = rows.flip(-1)
-            lowest[short] = torch.where(rows.cumsum(-1) - rows < enough, rows, 2.0).amin(-1, keepdim=True)
+        lowest = torch.where(top.cumsum(-1) - top < enough, top, 2.0).amin(-1, keepdim=True)
     return torch.maximum(lowest, params.min_p * top[:, :1])
+
+
+def draw(weights, u):
+    """weights [B, n] >= 0, u [B, 1] in [0, 1) -> [B, 1], the entries where their running sums pass u of the total.
+
+    The sum goes in two levels: over blocks, then inside the one block that u falls into.
+    """
+    block = 256
+    blocks = F.pad(weights, (0, -weights.shape[1] % block)).unflatten(1, (-1, block))  # [B, n / block, block]
+    sums = blocks.sum(-1).double().cumsum(-1)  # [B, n / block]
+    target = u.double() * sums[:, -1:]  # [B, 1], below the total because u is below 1
+    at = torch.searchsorted(sums, target, right=True)  # [B, 1], the first block whose sum exceeds the target
+    at = at.clamp(max=sums.shape[1] - 1)
+    before = torch.where(at > 0, sums.gather(1, (at - 1).clamp(min=0)), 0.0)
+    within = blocks.gather(1, at[:, :, None].expand(-1, -1, block))[:, 0].double().cumsum(-1)  # [B, block]
+    # The sums of the two levels differ by rounding: never past the block's last possible entry.
+    offset = torch.minimum(target - before, torch.nextafter(within[:, -1:], torch.zeros_like(target)))
+    index = at * block + torch.searchsorted(within, offset, right=True)  # [B, 1]
+    return index.clamp(max=weights.shape[1] - 1)  # past the end only where the weights are no numbers
 
 
 def sample_token(logits, u, params):
@@ -654,9 +664,10 @@ def sample_token(logits, u, params):
 
     Draws by inverting the cumulative distribution at u, over the vocabulary in its own order. One random
     number a row, instead of V of them for a Gumbel or multinomial draw, is what lets a sample's randomness
-    be drawn beforehand from its key.
+    be drawn beforehand from its key. With filters, most rows keep fewer than 128 tokens and are drawn from these;
+    only the others are sorted whole: for one row of 152k entries a sort takes as long as all else.
     """
-    norm = 0.0 if params.temperature == 1 else logits.logsumexp(-1, keepdim=True)  # [B, 1]
+    u, norm = u[:, None], 0.0 if params.temperature == 1 else logits.logsumexp(-1, keepdim=True)  # [B, 1]
     if params.temperature == 0:
         token = logits.argmax(-1, keepdim=True)
         return token[:, 0], (logits.gather(1, token) - norm)[:, 0]
@@ -664,26 +675,19 @@ def sample_token(logits, u, params):
         probs = torch.softmax(logits, -1, out=logits)
     else:
         probs = torch.softmax(logits / params.temperature, -1)
-    kept = probs
     if params.top_k or params.top_p < 1 or params.min_p:
-        kept = torch.ge(probs, threshold(probs, params), out=torch.empty_like(probs)).mul_(
-            probs
-        )  # without a bool tensor
-    # The cumulative sum in two levels: over blocks of the vocabulary, then inside the one block that u falls into.
-    B, block = len(kept), 256
-    padded = F.pad(kept, (0, -kept.shape[1] % block)) if kept.shape[1] % block else kept
-    blocks = padded.view(B, -1, block)  # [B, V / block, block]
-    sums = blocks.sum(-1).double().cumsum(-1)  # [B, V / block]
-    target = u[:, None].double() * sums[:, -1:]  # [B, 1], below the total because u is below 1
-    at = torch.searchsorted(sums, target, right=True)  # [B, 1], the first block whose sum exceeds the target
-    at = at.clamp(max=sums.shape[1] - 1)
-    before = torch.where(at > 0, sums.gather(1, (at - 1).clamp(min=0)), 0.0)
-    inside = blocks.gather(1, at[:, :, None].expand(-1, -1, block))[:, 0].double()  # [B, block]
-    within = inside.cumsum(-1)
-    # The sums of the two levels differ by rounding: never past the block's last possible token.
-    offset = torch.minimum(target - before, torch.nextafter(within[:, -1:], torch.zeros_like(target)))
-    token = at * block + torch.searchsorted(within, offset, right=True)  # [B, 1]
-    token = token.clamp(max=kept.shape[1] - 1)  # both are past the end only where the logits are no numbers
+        top, ids = probs.topk(min(max(128, params.top_k + 1), probs.shape[-1]))  # [B, k], likeliest first
+        lowest = threshold(top, params)
+        ids, order = ids.sort()  # in the vocabulary's order
+        token = ids.gather(1, draw(torch.where(top >= lowest, top, 0.0).gather(1, order), u))
+        wide = (lowest <= top[:, -1:]).nonzero()[:, 0]  # more may pass; this waits for the device, once a step
+        if len(wide):
+            rows = probs[wide]
+            # numpy sorts with the CPU's vector instructions, ten times as fast as torch.
+            ordered = torch.from_numpy(np.sort(rows.numpy())) if rows.is_cpu else rows.sort().values
+            token[wide] = draw(torch.where(rows >= threshold(ordered.flip(-1), params), rows, 0.0), u[wide])
+    else:
+        token = draw(probs, u)
     chosen = probs.gather(1, token).log() if params.temperature == 1 else logits.gather(1, token) - norm
     return token[:, 0], chosen[:, 0]
 
@@ -896,50 +900,60 @@ class PagedCache:
         """One token a row, q [B, H, D], attends to the row's pages -> [B, H, D].
 
         Not row by row, but block by block of pages: each block is an entry of a batch, with the queries of all rows
-        that read it. A row's softmax then runs over what its blocks hold, with the row's largest score and its sum
-        of weights brought together from all of them.
+        that read it. What a row gets from each of its blocks then counts by that block's share of its softmax.
         """
         (B, H, D), K = q.shape, self.k.shape[2]
-        q = q.view(B, K, -1, D)  # [B, K, G, D]
-        shape = (B + 1, K, H // K)  # the last row is nobody's
-        top, scores = torch.full(shape, -math.inf, device=q.device), []
-
-        def by_row(x, n):  # [P * K, n * G, ...] -> [P * n, K, G, ...]
-            return x.unflatten(1, (n, -1)).unflatten(0, (-1, K)).transpose(1, 2).flatten(0, 1)
-
-        def by_block(x, readers):  # [rows, K, G, ...] -> [P * K, n * G, ...]
-            return x[readers].transpose(1, 2).flatten(2, 3).flatten(0, 1)
-
-        def read(cache, where, width):  # -> [P * K, W * page, D]: in place, or gathered where `where` is not a slice
-            heads = cache[layer].flatten(0, 1)  # [pages * K, page, D]
-            heads = heads[where] if isinstance(where, slice) else heads.index_select(0, where)
-            return heads.view(-1, width, D).float()
-
+        q, found = q.view(B, K, H // K, D), []  # [B, K, G, D]
         for where, width, readers, start, end, masks in self.parts:
+            P, n = readers.shape
             if window not in masks:
                 masks[window] = self.mask(width, readers, start, end, window)
-            here = by_block(q, readers.clamp(max=B - 1)).float()  # [P * K, n * G, D]
-            keys = read(self.k, where, width)
-            scores.append(torch.baddbmm(masks[window], here, keys.mT, alpha=D**-0.5))  # [P * K, n * G, W * page]
-            high = by_row(scores[-1].amax(-1), readers.shape[1])
-            top.scatter_reduce_(0, readers.view(-1, 1, 1).expand_as(high), high, "amax")
-        total, y = torch.zeros(shape, device=q.device), torch.zeros(*shape, D, device=q.device)
-        for (where, width, readers, *_), x in zip(self.parts, scores):
-            weight = x.sub_(by_block(top, readers)[..., None]).exp_()
-            total.index_add_(0, readers.flatten(), by_row(weight.sum(-1), readers.shape[1]))
-            partial = torch.bmm(weight, read(self.v, where, width))  # [P * K, n * G, D]
-            y.index_add_(0, readers.flatten(), by_row(partial, readers.shape[1]))
-        return (y / total[..., None])[:B].flatten(1, 2).to(q.dtype)
+            here = q[readers.clamp(max=B - 1)].transpose(1, 2).reshape(P, K, -1, D)  # [P, K, n * G, D]
+            pages = [cache[layer].flatten(0, 1) for cache in (self.k, self.v)]  # [pages * K, page, D]
+            # In place where the pages are a slice, else gathered.
+            pages = [x[where] if isinstance(where, slice) else x.index_select(0, where) for x in pages]
+            block = attend_block(here, *(x.view(P, K, width, D) for x in pages), masks[window])
+            found.append((readers.flatten(), *(x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1) for x in block)))
+        shape = (B + 1, K, H // K)  # the last row is nobody's
+        top = torch.full(shape, -math.inf, device=q.device)
+        total, out = torch.zeros(shape, device=q.device), torch.zeros(*shape, D, device=q.device)
+        for reader, _, its_top, _ in found:  # reader [P * n], its_top [P * n, K, G]
+            top.scatter_reduce_(0, reader[:, None, None].expand_as(its_top), its_top, "amax")
+        for reader, y, its_top, its_total in found:
+            share = (its_top - top[reader]).exp_()  # [P * n, K, G]
+            total.index_add_(0, reader, share * its_total)
+            out.index_add_(0, reader, share[..., None] * y)
+        return (out / total[..., None])[:B].flatten(1, 2).to(q.dtype)
 
     def mask(self, width, readers, start, end, window):
-        """What a row may see of a block -> 0, or -inf where it may not, [P * K, n * G, W * page]."""
-        (P, n), (K, G) = readers.shape, self.heads
+        """What a row may see of a block -> 0, or a very negative number where it may not, [P, 1, n * G or 1, W * page].
+
+        Not -inf: a row that sees nothing of a block is to get any finite result, which then counts for nothing.
+        """
+        if window is None:  # all readers of a shared block see the same
+            readers = readers[:, :1]
         last = F.pad(self.positions[: self.n_rows], (0, 1), value=-1)  # [B + 1]
         at = start[:, None] + torch.arange(width, device=start.device)  # [P, W * page]
         back = last[readers][:, :, None] - at[:, None]  # [P, n, W * page]
         seen = (back >= 0) & (back < (window or self.page * len(self.users))) & (at < end[:, None])[:, None]
-        bias = torch.where(seen, 0.0, -math.inf)[:, None, :, None]
-        return bias.expand(P, K, n, G, width).reshape(P * K, n * G, width)
+        bias = torch.where(seen, 0.0, -1e30).to(self.k.dtype)
+        return (bias if window is None else bias.repeat_interleave(self.heads[1], 1))[:, None]
+
+
+def attend_block(q, k, v, bias):
+    """q [P, K, R, D] attends to k, v [P, K, S, D] -> y [P, K, R, D], and top and total, [P, K, R].
+
+    `total` is the sum of exp(score - top), and y / total the result, were there no other block.
+    """
+    if q.is_cpu and q.shape[2] >= 16:  # with many queries, one kernel whose scores never leave the processor's cache
+        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
+        return y, lse, torch.ones_like(lse)
+    shape = *q.shape[:3], k.shape[2]
+    q, k, v, bias = (x.flatten(0, 1).float() for x in (q, k, v, bias.expand(shape)))
+    scores = torch.baddbmm(bias, q, k.mT, alpha=q.shape[-1] ** -0.5)  # [P * K, R, S]
+    top = scores.amax(-1)
+    weight = scores.sub_(top[..., None]).exp_()
+    return [x.unflatten(0, shape[:2]) for x in (weight @ v, top, weight.sum(-1))]
 
 
 def use_varlen(device, dtype):
@@ -1023,7 +1037,7 @@ class Reading:
     ids: list
     rows: list  # the samples not yet started
     pages: list = field(default_factory=list)
-    done: int = 0  # tokens read
+    done: int = 0  # tokens read, those that all prompts begin with included
     hidden: torch.Tensor = None  # [C], the last token's hidden state, when all is read
 
 
@@ -1031,7 +1045,7 @@ class Reading:
 class Stats:
     """What a `stream` has done so far."""
 
-    prompt_tokens: int = 0  # read, each prompt once, plus what had to be read again
+    prompt_tokens: int = 0  # read: what all prompts begin with, the rest of each, and what had to be read again
     generated: int = 0  # tokens of finished and unfinished samples
     rows: int = 0  # samples being decoded in the last step
     steps: int = 0
@@ -1061,6 +1075,9 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
     page = 256 if varlen else 64  # flash attention reads pages of 256
     chunk = 2048  # tokens of prompts read in one step, beside the rows' own
 
+    # What all prompts begin with (the template's system message, an instruction) is read once, and then copied.
+    common = os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1][:chunk] if len(prompts) > 1 else []
+
     # How much fits. The steps need room as well: about three times the logits, and a chunk's activations.
     stats.page_bytes = PagedCache.bytes_per_page(config, page, dtype)
     step_bytes = 12 * config.vocab_size
@@ -1070,9 +1087,10 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
     budget -= batch_size * step_bytes
     longest = max(min(len(ids) + params.max_new_tokens, config.context) for ids in prompts)
     width = -(-longest // page)
-    n_pages = min(int(max(budget, 0) / stats.page_bytes), (batch_size + 1) * (width + 1) + 2)
-    if n_pages < width + 3:
-        need = ((width + 3) * stats.page_bytes + batch_size * step_bytes) / 2**30
+    least = -(-len(common) // page) + width + 3
+    n_pages = min(int(max(budget, 0) / stats.page_bytes), batch_size * (width + 1) + least)
+    if n_pages < least:
+        need = (least * stats.page_bytes + batch_size * step_bytes) / 2**30
         raise InputError(
             f"{max(budget, 0) / 2**30:.2f} GiB of memory are left for the cache, and one sequence of {longest} tokens "
             f"needs {need:.2f}; give more with --memory, or lower --max-new-tokens"
@@ -1080,6 +1098,13 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
     cache = PagedCache(config, n_pages, page, dtype, device)
     recorded = DecodeGraphs(model, cache, batch_size, width) if varlen and graphs else None
     ahead = 8 if recorded else 1  # graphs run so many steps between two looks at what they have drawn
+
+    prefix = cache.take(-(-len(common) // page))
+    if common:
+        positions = torch.arange(len(common), device=device)
+        cache.plan([(prefix, 0, len(common))], 0, positions)
+        model(torch.tensor(common, device=device), positions, cache.attend)
+        stats.prompt_tokens += len(common)
 
     waiting = deque()  # prompts not begun
     for i, (ids, samples) in enumerate(zip(prompts, keys)):
@@ -1100,7 +1125,7 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
             prompt = Reading(prompts[row.i] + row.ids, [row], row.pages)
             row.pages = []
         cache.release(prompt.pages)
-        prompt.pages, prompt.done, prompt.hidden = [], 0, None
+        prompt.pages, prompt.hidden = [], None
         waiting.appendleft(prompt)
 
     while waiting or reading or ready or rows:
@@ -1122,7 +1147,9 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
                 break
             waiting.popleft()
             whole = len(prompt.ids) // page if len(prompt.rows) > 1 else 0  # pages that its samples will share
-            prompt.pages = cache.take(whole, shared=True) + cache.take(need - whole)
+            prompt.pages, prompt.done = cache.take(whole, shared=True) + cache.take(need - whole), len(common)
+            for source, target in zip(prefix, prompt.pages):
+                cache.copy(source, target)
             reading.append(prompt)
 
         # 3. One pass of the model: a token of each row, and up to a chunk of the prompts.

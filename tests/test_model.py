@@ -179,6 +179,23 @@ def test_prompt_is_read_once_and_held_once_for_all_its_samples(random_model):
     assert peak == {1: 4, 2: 5, 16: 19}
 
 
+def test_what_all_prompts_begin_with_is_read_once(random_model):
+    """Guards against: a system message that is read again for every problem, or one problem's text in another's."""
+    model, _ = m.load(random_model)
+    for common, rests in ((30, (1, 20, 90)), (150, (70, 1, 3)), (0, (5, 9))):
+        # The last prompt of each is what all have in common: one token of it must be left to read.
+        prompts = [list(range(5, 5 + common)) + [200 + i] * n for i, n in enumerate(rests)] + [
+            list(range(5, 5 + common))
+        ]
+        prompts = [p for p in prompts if p]
+        keys = [[(1, i, j) for j in range(2)] for i in range(len(prompts))]
+        params = m.SamplingParams(max_new_tokens=20)
+        results, stats = sampled(model, prompts, keys, params)
+        shared = max(common - 1, 0)
+        assert stats.prompt_tokens == shared + sum(len(p) - shared for p in prompts)
+        assert same(results, [m.generate(model, [p], [k], params, [2, 3])[0] for p, k in zip(prompts, keys)])
+
+
 def test_rows_leave_and_others_take_their_place(random_model):
     """Guards against: a batch that runs as long as its longest row; results that depend on who shares it."""
     model, _ = m.load(random_model)
@@ -190,7 +207,7 @@ def test_rows_leave_and_others_take_their_place(random_model):
         results, stats = sampled(model, prompts, keys, params, batch_size=batch_size)
         assert same(results, alone) and stats.evicted == 0
         tokens = sum(len(c.ids) for row in results for c in row)
-        assert stats.generated == tokens and stats.prompt_tokens == sum(map(len, prompts))
+        assert stats.generated == tokens and stats.prompt_tokens == 4 + sum(len(p) - 4 for p in prompts)
         if batch_size == 3:  # three rows nearly all the time, though they end at very different times
             assert stats.steps < 1.4 * tokens / 3
 
@@ -226,8 +243,9 @@ def test_long_prompt_is_read_in_chunks_beside_the_others(tmp_path):
         for i, j, completion in finished:
             results[i][j] = completion
     steps = [b - a for a, b in zip([0, *read], read)]
-    assert max(steps) <= 2048 and read.index(5020) == 2 and len(read) == 3 + 39
-    assert stats.peak_pages <= -(-5040 // 64) + 4 + 1
+    common = 19  # tokens that both begin with, read once before the first step
+    assert max(steps) <= 2048 + common and read.index(5020 - common) == 2 and len(read) == 3 + 39
+    assert stats.peak_pages <= -(-5040 // 64) + 4 + 1 + 1
     check = oracle(model, long, keys[1][0], m.SamplingParams(max_new_tokens=3), [])
     assert results[1][0].ids[:3] == check[0]
     assert same(results[:1], m.generate(model, [short], keys[:1], params, []))
@@ -244,16 +262,27 @@ def test_packed_model_samples_the_same(random_model):
     assert same(sampled(packed, prompts, keys, params)[0], expected)
 
 
-def test_threshold_equals_a_full_sort():
-    """Guards against: top-p that forgets what lies beyond the likeliest 128 tokens."""
+def test_filters_equal_a_full_sort():
+    """Guards against: top-p that forgets what lies beyond the likeliest 128 tokens, or top-k of about as many."""
     generator = torch.Generator().manual_seed(0)
-    probs = (torch.randn(6, 3000, generator=generator) * torch.tensor([0.01, 0.1, 1, 2, 4, 9])[:, None]).softmax(-1)
-    for top_p in (0.1, 0.5, 0.9, 0.95, 0.999):
-        lowest = m.threshold(probs, m.SamplingParams(top_p=top_p))
-        ordered = probs.double().sort(descending=True).values
-        for row, cut, p in zip(probs, lowest, ordered):
-            kept = int((p.cumsum(-1) - p < top_p).sum())
-            assert abs(int((row >= cut).sum()) - kept) <= 1  # float32 sums may cross top-p one token apart
+    logits = torch.randn(6, 3000, generator=generator) * torch.tensor([0.01, 0.1, 1, 2, 4, 9])[:, None]
+    probs, u = logits.softmax(-1).double(), torch.rand(6, generator=generator)
+    ordered, order = probs.sort(descending=True, stable=True)
+    settings = [{"top_p": p} for p in (0.1, 0.5, 0.9, 0.95, 0.999)] + [{"min_p": p} for p in (0.01, 0.9)]
+    for setting in settings + [{"top_k": k, "top_p": p} for k in (1, 64, 127, 128, 129, 500) for p in (1.0, 0.7)]:
+        params = m.SamplingParams(**setting)
+        kept = ordered.clone()
+        kept[:, params.top_k or 3000 :] = 0
+        total = kept.sum(-1, keepdim=True)
+        kept[kept.cumsum(-1) - kept >= params.top_p * total] = 0
+        kept[kept < params.min_p * kept[:, :1]] = 0
+        weights = torch.zeros_like(probs).scatter(1, order, kept)
+        expected = (weights.cumsum(-1) > u[:, None] * weights.sum(-1, keepdim=True)).double().argmax(-1)
+        token, logprob = m.sample_token(logits.clone(), u, params)
+        near = weights.gather(1, token[:, None])[:, 0] > 0  # in float32 the sums may cross u one token apart
+        assert near.all() and ((token - expected).abs() <= (weights > 0).sum(-1) / 100).all(), setting
+        assert (token == expected).sum() >= 5, setting
+        torch.testing.assert_close(logprob, logits.log_softmax(-1).gather(1, token[:, None])[:, 0], atol=1e-4, rtol=0)
 
 
 def test_sampled_frequencies_follow_the_distribution():
