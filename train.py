@@ -51,6 +51,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +82,12 @@ from model import (
     varlen_attn,
 )
 
+# Without torchrun a checkpoint is saved by one process, as it should be.
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+
 TASKS = ("solve", "refine")
 KINDS = ("all wrong", "mixed", "all right")  # what the candidates of a refine row are
+CHUNK = 2**25  # logits at a time in the loss: 128 MiB
 REASONS = ("cut off", "no answer", "wrong", "duplicate", "too long", "excluded", "unbalanced")
 
 
@@ -318,7 +323,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         train = ctx.needs_input_grad[0]
         grad_hidden = torch.empty_like(hidden) if train else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train else None
-        size = max(1, 2**25 // len(weight))  # positions at a time: 128 MiB of logits
+        size = max(1, CHUNK // len(weight))  # positions at a time
         for at in range(0, len(labels), size):
             x, y = hidden[at : at + size], labels[at : at + size, None]  # [m, C], [m, 1]
             logits = (x @ weight.t()).float()  # [m, V]
@@ -434,7 +439,7 @@ def save_checkpoint(folder, step, state, record, keep, group):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     group.wait()
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(partial), no_dist=group.world == 1)  # files are synced there
+    dcp.save(state, checkpoint_id=partial)  # its files are synced
     if group.rank == 0:
         write_json(partial / "record.json", record)
         for path in (partial / "record.json", partial):
@@ -545,7 +550,7 @@ def train(model, rows, held, tokenizer, args, device, dtype, out, made_by, group
     group.wait()
     if found := whole_checkpoints(folder):
         record = read_json(found[-1] / "record.json")
-        dcp.load(tensors(weights, optimizer), checkpoint_id=found[-1], no_dist=group.world == 1)  # in place
+        dcp.load(tensors(weights, optimizer), checkpoint_id=found[-1])  # in place
         first, seen, spent = record["step"], record["tokens"], record["seconds"]
         for state in optimizer.state.values():
             state["step"].fill_(first)
@@ -636,7 +641,7 @@ def dry_run(config, rows, args, device, dtype, world):
     fixed = 16 * n_weights / world  # weight, gradient and two moments, 4 bytes each
     kept = width * (6 * C + 3 * heads + 3 * kv + 4 * F)  # what a layer keeps of a token for its gradient
     kept = width * C * config.n_layers + kept if args.checkpointing else kept * config.n_layers
-    memory = fixed + max(lengths) * kept + 4 * V * C + 3 * 4 * 2**25
+    memory = fixed + max(lengths) * kept + 4 * V * C + 3 * 4 * CHUNK
     a, b = torch.randn(2048, C, device=device).to(dtype), torch.randn(C, F, device=device).to(dtype)
     times = []
     for _ in range(6):
@@ -843,11 +848,12 @@ def main(argv=None):
         if not dist.is_initialized():
             dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     spent = train(model, rows, held, tokenizer, args, device, dtype, out, made_by, group)
+    if rank == 0:
+        draw_losses(Path(f"{out}.metrics.jsonl"), f"{out}.loss.png")
+        write_json(meta_path(out), {**record, "spent": spent, "complete": True})
     # Saved as float32: rounded to bfloat16, weights that moved by less than half a step of it would not have moved.
     save(model, out, tokenizer.folder, model_card(args, solve, refined, counts, spent))
     if rank == 0:
-        draw_losses(f"{out}.metrics.jsonl", f"{out}.loss.png")
-        write_json(meta_path(out), {**record, "spent": spent, "complete": True})
         print(f"{out}: a Hugging Face folder; losses in {out}.metrics.jsonl and {out}.loss.png")
     if dist.is_initialized():
         wait()

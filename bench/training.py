@@ -186,6 +186,7 @@ def trl(args):
         trainer = trl.SFTTrainer(
             model, config, train_dataset=datasets.Dataset.from_dict(data), processing_class=tokenizer
         )
+        trainer.current_gradient_accumulation_steps = 1  # what its train() would set
         batches = list(trainer.get_train_dataloader())
         started = time.perf_counter()  # packing and setting up its trainer are not counted
         for batch in batches:
