@@ -37,7 +37,6 @@ Left out: dropout, LoRA, tensor and pipeline parallelism, and packs cut to one l
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -88,7 +87,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 TASKS = ("solve", "refine")
 KINDS = ("all wrong", "mixed", "all right")  # what the candidates of a refine row are
 CHUNK = 2**25  # logits at a time in the loss: 128 MiB
-REASONS = ("cut off", "no answer", "wrong", "duplicate", "too long", "excluded", "unbalanced")
+REASONS = ("excluded", "cut off", "no answer", "wrong", "duplicate", "too long", "unbalanced")
 
 
 @dataclass
@@ -149,24 +148,21 @@ def make_rows(path, task, tokenizer, overlaps, args):
         for number, completion in enumerate(line["refinements" if task else "candidates"]):
             text = completion["text"]
             answer = answer_of(completion, completion.get("prompt", "") if task else problem["prompt"])
-            row, reason = None, None
-            if excluded:
-                reason = "excluded"
-            elif completion.get("finish_reason") == "length":
-                reason = "cut off"
-            elif answer is None:
-                reason = "no answer"
-            elif not grader.equal(line["answer"], answer):
-                reason = "wrong"
-            elif text in texts:
-                reason = "duplicate"
-            else:
+            checks = {
+                "excluded": excluded,
+                "cut off": completion.get("finish_reason") == "length",
+                "no answer": answer is None,
+                "wrong": not grader.equal(line["answer"], answer),
+                "duplicate": text in texts,
+            }
+            reason = next((name for name, bad in checks.items() if bad), None)
+            if not reason:
                 texts.add(text)
                 row = make_row(task, problem, number, completion, tokenizer, args.max_length)
                 reason = "too long" if row is None else None
-            if row and task:
-                shown = sum(right[i] for i in completion["order"])
-                row.kind = 0 if shown == 0 else 2 if shown == len(completion["order"]) else 1
+            if not reason and task:
+                shown = [right[i] for i in completion["order"]]
+                row.kind = 0 if not any(shown) else 2 if all(shown) else 1
                 lot = uniforms((args.seed, str(line["id"]), "balance", number), 1)[0]
                 reason = "unbalanced" if lot >= args.balance[row.kind] else None
             if reason:
@@ -204,10 +200,8 @@ def shown_anew(row, epoch, tokenizer, args):
     low, high = (min(n or len(row.order), len(row.order)) for n in args.shown)
     order = [row.order[i] for i in np.argsort(u[1:], kind="stable")[: low + int(u[0] * (high - low + 1))]]
     try:
-        length = len(row.completion)
-        return dataclasses.replace(
-            row, prompt=refine.refinement_prompt(row.problem, order, tokenizer, args.max_length, length)[1]
-        )
+        prompt = refine.refinement_prompt(row.problem, order, tokenizer, args.max_length, len(row.completion))[1]
+        return dataclasses.replace(row, prompt=prompt)
     except InputError:  # tokens merge differently in another order: a row that just fitted may not fit now
         return row
 
@@ -232,6 +226,22 @@ def split(rows, validation, seed):
         raise InputError(f"--validation {validation}: all of the {len(texts)} problems; leave some to train on")
     held = set(texts[:n])
     return [r for r in rows if key[id(r)] not in held], [r for r in rows if key[id(r)] in held]
+
+
+def read_rows(solve, refined, tokenizer, args):
+    """The files of both tasks -> (rows to train on, rows to validate on, what was found in each file)."""
+    rows, counts, overlaps = [], [], overlap_test(args.exclude)
+    for task, path in enumerate((solve, refined)):
+        made, dropped = make_rows(path, task, tokenizer, overlaps, args) if path else ([], {})
+        kinds = {kind: sum(row.kind == i for row in made) for i, kind in enumerate(KINDS)} if task else {}
+        counts.append({"rows": len(made), **kinds, "dropped": dropped})
+        if path:
+            found, lost = (", ".join(f"{n} {name}" for name, n in x.items()) for x in (kinds, dropped))
+            print(f"{path}: {len(made)} {TASKS[task]} rows{f' ({found})' if task else ''}; dropped: {lost}")
+        rows += made
+    if not rows:
+        raise InputError(f"{solve or ''} {refined or ''}: no right solution or refinement to learn from")
+    return *split(rows, args.validation, args.seed), counts
 
 
 # ------------------------------------------------------------------------------------------------
@@ -461,42 +471,17 @@ def sync(path):
 
 @dataclass
 class Group:
-    """The processes that train together."""
+    """The processes that train together: the number of this one, how many, and a call that waits for all of them."""
 
     rank: int
     world: int
-    wait: callable  # returns when all have come to it
+    wait: callable
 
     def sum(self, tensor):
         """The sum of each element over all processes, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
-
-    def same(self, make):
-        """What make() gives to process 0, for all: two that grade by themselves might not agree on a slow answer."""
-        box = [make() if self.rank == 0 else None]
-        if self.world > 1:
-            dist.broadcast_object_list(box)
-        return box[0]
-
-
-@contextlib.contextmanager
-def caught_signals():
-    """Within, the first SIGTERM or Ctrl-C only adds its number to the list that this gives; the next acts at once."""
-    caught, before = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def catch(number, _):
-        caught.append(number)
-        signal.signal(number, before[number])
-
-    for number in before:
-        signal.signal(number, catch)
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -576,8 +561,10 @@ def train(model, rows, held, tokenizer, args, device, dtype, out, made_by, group
 
     bar = tqdm(range(first, n_steps), desc="train", unit=" steps", initial=first, total=n_steps)
     bar.disable = bar.disable or group.rank > 0
+    caught, signals = [], (signal.SIGINT, signal.SIGTERM)  # asked to stop: after the step, with a checkpoint
+    before = [signal.signal(number, lambda number, _: caught.append(number)) for number in signals]
     log = open(log_path if group.rank == 0 else os.devnull, "a", encoding="utf-8")
-    with log, ThreadPoolExecutor(1) as pool, caught_signals() as caught:
+    with log, ThreadPoolExecutor(1) as pool:
         coming = pool.submit(rows_and_packs, first)
         for number in bar:
             step, packs = coming.result()
@@ -587,7 +574,7 @@ def train(model, rows, held, tokenizer, args, device, dtype, out, made_by, group
             scale = weight * group.world / torch.tensor(counts, device=device).clamp(min=1)  # [2]
             lr = learning_rate(number, n_steps, args.lr, warmup)
             sums, norm = update(model, weights, optimizer, packs[group.rank :: group.world], scale, lr)
-            asked = torch.tensor([float(x in caught) for x in (signal.SIGINT, signal.SIGTERM)], device=device)
+            asked = torch.tensor([float(x in caught) for x in signals], device=device)
             *sums, interrupt, terminate = group.sum(torch.cat([sums, asked])).tolist()
 
             means = [s / c if c else None for s, c in zip(sums, counts)]
@@ -614,6 +601,8 @@ def train(model, rows, held, tokenizer, args, device, dtype, out, made_by, group
                 if group.rank == 0:
                     print(f"stopped, saved at step {number + 1}; the same command goes on from there", file=sys.stderr)
                 sys.exit(143 if terminate else 130)
+    for number, handler in zip(signals, before):
+        signal.signal(number, handler)
     model.eval()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # what Linux counts in KiB
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
@@ -625,8 +614,9 @@ def train(model, rows, held, tokenizer, args, device, dtype, out, made_by, group
 # Before and after
 
 
-def dry_run(config, rows, args, device, dtype, world):
+def dry_run(config, rows, tokenizer, args, device, dtype, world):
     """Print what the training would take: exact for rows and tokens of the first epoch, estimated for the rest."""
+    rows = [shown_anew(row, 0, tokenizer, args) for row in rows]
     steps = [packs_of(step, args.max_length, world) for step in epoch_of(rows, args.batch_size, args.seed, 0)]
     lengths = [sum(map(length_of, pack)) for packs in steps for pack in packs]
     tokens, learned = sum(lengths), sum(learned_tokens(rows))
@@ -642,8 +632,7 @@ def dry_run(config, rows, args, device, dtype, world):
     kept = width * (6 * C + 3 * heads + 3 * kv + 4 * F)  # what a layer keeps of a token for its gradient
     kept = width * C * config.n_layers + kept if args.checkpointing else kept * config.n_layers
     memory = fixed + max(lengths) * kept + 4 * V * C + 3 * 4 * CHUNK
-    a, b = torch.randn(2048, C, device=device).to(dtype), torch.randn(C, F, device=device).to(dtype)
-    times = []
+    a, b, times = torch.randn(2048, C, device=device).to(dtype), torch.randn(C, F, device=device).to(dtype), []
     for _ in range(6):
         started = time.time()
         (a @ b)[0, 0].item()  # waits for the device
@@ -708,31 +697,25 @@ def main(argv=None):
     group.add_argument("--out", help="folder for the trained model (default: runs/MODEL/trained)")
     group.add_argument("--dry-run", action="store_true", help="print rows, tokens, steps, memory and time, and stop")
     group = parser.add_argument_group("which rows")
-    group.add_argument(
-        "--exclude",
-        nargs="*",
-        default=[],
-        metavar="FILE",
-        help="test sets (files, or names as for --data) whose problems, or any that share 8 words in a row with one, "
-        "are not trained on",
-    )
-    group.add_argument("--validation", type=float, default=0.02, help="problems held back: a share, or a number from 1")
-    group.add_argument(
+    add = group.add_argument
+    add("--exclude", nargs="*", default=[], metavar="FILE", help="drop problems that share 8 words in a row with these")
+    add("--validation", type=float, default=0.02, help="problems held back: a share, or a number (default: 0.02)")
+    # All wrong: to solve afresh. Mixed: to compare. All right: to copy, which is easy, and good students have many.
+    add(
         "--balance",
         nargs=3,
         type=float,
         default=[1.0, 1.0, 0.5],
         metavar=("WRONG", "MIXED", "RIGHT"),
-        help="share that is kept of refine rows whose candidates are all wrong, mixed, all right (default: 1 1 0.5:"
-        " the first teach to solve afresh, the second to compare, the third to copy, and good students have many)",
+        help="share kept of refine rows whose candidates are all wrong, mixed, all right (default: 1 1 0.5)",
     )
-    group.add_argument(
+    add(
         "--shown",
         nargs=2,
         type=int,
         default=[2, 0],
         metavar=("MIN", "MAX"),
-        help="candidates in a refinement prompt: each epoch draws their number from this range (default: 2 to all, 0)",
+        help="candidates in a prompt, drawn anew each epoch; 0 is all (default: 2 0)",
     )
     group = parser.add_argument_group("how")
     group.add_argument("--weight", type=float, default=1.0, help="of the refinement loss (default: 1)")
@@ -740,12 +723,8 @@ def main(argv=None):
     group.add_argument("--epochs", type=int, default=2, help="passes over the rows (default: 2)")
     group.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
     group.add_argument("--batch-size", type=int, default=32, help="rows a step (default: 32)")
-    group.add_argument(
-        "--max-length",
-        type=int,
-        help="tokens of a row and of a pack of rows, which is what is computed at once; a step takes as many packs as"
-        " it needs and adds up their gradients (default: 4096, rows never longer than the model's context)",
-    )
+    # A step takes as many packs as it needs and adds up their gradients.
+    group.add_argument("--max-length", type=int, help="tokens of a row, and of a pack (default: 4096, or the context)")
     group.add_argument("--checkpointing", action="store_true", help="compute activations twice to save their memory")
     group.add_argument("--save-every", type=int, default=200, metavar="STEPS", help="checkpoint (default: 200)")
     group.add_argument("--keep", type=int, default=2, help="checkpoints that are kept, the newest (default: 2)")
@@ -773,7 +752,7 @@ def main(argv=None):
     if (args.max_length or 0) > config.context:
         raise InputError(f"--max-length {args.max_length}: the context of {args.model} is {config.context}; lower it")
     args.max_length = args.max_length or min(4096, config.context)
-    tokenizer, overlaps = Tokenizer(source, config), overlap_test(args.exclude)
+    tokenizer = Tokenizer(source, config)
 
     # The data, and the rows in them.
     solve, refined, stages = args.solve, args.refine, []
@@ -786,25 +765,16 @@ def main(argv=None):
         if os.environ.get("RANK", "0") == "0":
             print(f"python {Path(stage.__file__).name} {' '.join(flags)}")
         stage.main(flags)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     rank, world, _, wait = sample.processes(device, f"train {out}")
     group = Group(rank, world, wait)
 
-    def all_rows():
-        rows, counts = [], []
-        for task, path in enumerate((solve, refined)):
-            made, dropped = make_rows(path, task, tokenizer, overlaps, args) if path else ([], {})
-            kinds = {kind: sum(row.kind == i for row in made) for i, kind in enumerate(KINDS)} if task else {}
-            counts.append({"rows": len(made), **kinds, "dropped": dropped})
-            if path:
-                listed = [", ".join(f"{n} {name}" for name, n in x.items()) for x in (kinds, dropped)]
-                of = f" ({listed[0]})" if task else ""
-                print(f"{path}: {len(made)} {TASKS[task]} rows{of}; dropped: {listed[1]}")
-            rows += made
-        if not rows:
-            raise InputError(f"{solve or ''} {refined or ''}: no right solution or refinement to learn from")
-        return *split(rows, args.validation, args.seed), counts
-
-    rows, held, counts = group.same(all_rows)
+    # One process reads and grades: two that grade by themselves might not agree on a slow answer.
+    box = [read_rows(solve, refined, tokenizer, args)] if rank == 0 else [None]
+    if world > 1:
+        dist.broadcast_object_list(box)
+    rows, held, counts = box[0]
     dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
     if rank == 0:
         print(f"{len(rows)} rows to train on, {len(held)} to validate on")
@@ -813,7 +783,7 @@ def main(argv=None):
         # An update is often smaller than what bfloat16 can add to a weight.
         print(f"weights and optimizer in float32, computing in {str(dtype).removeprefix('torch.')}: {why}")
         if args.dry_run:
-            dry_run(config, rows, args, device, dtype, world)
+            dry_run(config, rows, tokenizer, args, device, dtype, world)
     if args.dry_run:
         return
 
@@ -835,18 +805,15 @@ def main(argv=None):
     made_by["dtype"] = str(dtype).removeprefix("torch.")
     if out.exists():
         sample.check_same(out, made_by)
-        print(f"{out}: trained already")
-        return
+        return print(f"{out}: trained already") if rank == 0 else None
     for path in whole_checkpoints(f"{out}.checkpoints")[-1:]:
         sample.check_same(path, made_by, path / "record.json")
     record = {**made_by, "model": args.model, "solve": str(solve), "refine": str(refined), "flags": vars(args)}
     record |= {"data": dict(zip(TASKS, counts)), "validation_rows": len(held), "versions": sample.versions()}
     if rank == 0:
         write_json(meta_path(out), {**record, "complete": False})
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        if not dist.is_initialized():
-            dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    if device.type == "cuda" and not dist.is_initialized():
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     spent = train(model, rows, held, tokenizer, args, device, dtype, out, made_by, group)
     if rank == 0:
         draw_losses(Path(f"{out}.metrics.jsonl"), f"{out}.loss.png")

@@ -18,6 +18,8 @@ that lengths are those of real ones: half solve rows of 150 to 250 tokens, half 
 """
 
 import argparse
+import contextlib
+import ctypes
 import json
 import os
 import platform
@@ -225,6 +227,8 @@ def work(args):
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory("VmHWM")
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system, for the next loop
         lengths = [len(row.prompt) + len(row.completion) for row in rows]
         done = {"seconds": seconds, "peak": peak, "tokens": sum(lengths), "lengths": lengths}
         print(json.dumps({**done, "learned": sum(len(row.completion) for row in rows)}), file=results, flush=True)
