@@ -192,7 +192,8 @@ def make_row(task, problem, number, completion, tokenizer, max_length):
 def shown_anew(row, epoch, tokenizer, args):
     """A refine row with the candidates that this epoch shows: a number drawn from --shown of them, in a new order.
 
-    One order, seen in each epoch, would teach places in a list; one number would teach to count on it.
+    One order, seen in each epoch, would teach places in a list. With fewer candidates than the teacher saw, what it
+    took from the others comes from nowhere: of the tiny model, 2 to 4 instead of 4 halved what refinement gets right.
     """
     if row.order is None:
         return row
@@ -713,9 +714,9 @@ def main(argv=None):
         "--shown",
         nargs=2,
         type=int,
-        default=[2, 0],
+        default=[0, 0],
         metavar=("MIN", "MAX"),
-        help="candidates in a prompt, drawn anew each epoch; 0 is all (default: 2 0)",
+        help="candidates in a prompt, their number drawn anew each epoch; 0 is all that the teacher saw (default: 0 0)",
     )
     group = parser.add_argument_group("how")
     group.add_argument("--weight", type=float, default=1.0, help="of the refinement loss (default: 1)")
@@ -744,8 +745,8 @@ def main(argv=None):
         raise InputError(f"--balance {' '.join(map(str, args.balance))}: shares are between 0 and 1")
     if args.validation < 0:
         raise InputError(f"--validation {args.validation}: a share below 1, or a number of problems")
-    if args.shown[0] < 1 or 0 < args.shown[1] < args.shown[0]:
-        raise InputError(f"--shown {args.shown[0]} {args.shown[1]}: at least 1, and the second not below the first")
+    if min(args.shown) < 0 or (args.shown[0] or math.inf) > (args.shown[1] or math.inf):
+        raise InputError(f"--shown {args.shown[0]} {args.shown[1]}: from a number to one not below it, or to 0, all")
     device, _ = pick_device(args.device, "auto")
     source = find_model(args.model)
     config = Config.from_dict(read_json(source / "config.json"))
