@@ -67,19 +67,7 @@ from tqdm import tqdm
 import refine
 import sample
 from evaluate import Grader, InputError, answer_of, command_line, meta_path, read_json, write_json
-from model import (
-    ALIASES,
-    Config,
-    Tokenizer,
-    attend_causal,
-    find_model,
-    load,
-    pick_device,
-    save,
-    uniforms,
-    use_varlen,
-    varlen_attn,
-)
+from model import ALIASES, attend_causal, load, pick_device, save, uniforms, use_varlen, varlen_attn
 
 # Without torchrun a checkpoint is saved by one process, as it should be.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -148,13 +136,9 @@ def make_rows(path, task, tokenizer, overlaps, args):
         for number, completion in enumerate(line["refinements" if task else "candidates"]):
             text = completion["text"]
             answer = answer_of(completion, completion.get("prompt", "") if task else problem["prompt"])
-            checks = {
-                "excluded": excluded,
-                "cut off": completion.get("finish_reason") == "length",
-                "no answer": answer is None,
-                "wrong": not grader.equal(line["answer"], answer),
-                "duplicate": text in texts,
-            }
+            wrong = not grader.equal(line["answer"], answer)
+            checks = {"excluded": excluded, "cut off": completion.get("finish_reason") == "length"}
+            checks |= {"no answer": wrong and answer is None, "wrong": wrong, "duplicate": text in texts}
             reason = next((name for name, bad in checks.items() if bad), None)
             if not reason:
                 texts.add(text)
@@ -440,18 +424,18 @@ def whole_checkpoints(folder):
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def save_checkpoint(folder, step, state, record, keep, group):
+def save_checkpoint(folder, step, state, record, keep, rank):
     """Write `state`, the tensors, and `record` to folder/step-STEP, and delete all but the newest `keep`.
 
     It gets its name when all of it is on disk: a kill at any moment leaves the checkpoint before it.
     """
     partial, final = folder / f"step-{step}.partial", folder / f"step-{step}"
-    if group.rank == 0:
+    if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    group.wait()
+    wait()
     dcp.save(state, checkpoint_id=partial)  # its files are synced
-    if group.rank == 0:
+    if rank == 0:
         write_json(partial / "record.json", record)
         for path in (partial / "record.json", partial):
             sync(path)
@@ -460,7 +444,7 @@ def save_checkpoint(folder, step, state, record, keep, group):
         for old in whole_checkpoints(folder)[:-keep]:
             os.rename(old, f"{old}.partial")
             shutil.rmtree(f"{old}.partial")
-    group.wait()
+    wait()
 
 
 def sync(path):
@@ -470,19 +454,17 @@ def sync(path):
     os.close(descriptor)
 
 
-@dataclass
-class Group:
-    """The processes that train together: the number of this one, how many, and a call that waits for all of them."""
+def wait():
+    """Return when all processes have come to it."""
+    if dist.is_initialized():
+        dist.barrier()
 
-    rank: int
-    world: int
-    wait: callable
 
-    def sum(self, tensor):
-        """The sum of each element over all processes, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
+def total(tensor):
+    """The sum of each element over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 # ------------------------------------------------------------------------------------------------
@@ -512,37 +494,37 @@ def update(model, weights, optimizer, packs, scale, lr):
     return sums, norm.full_tensor() if dist.is_initialized() else norm
 
 
-def validate(model, rows, args, device, group):
+def validate(model, rows, room, device, rank, world):
     """The mean cross-entropy over the learned tokens of each task of the validation rows, None without any."""
     sums = torch.zeros(len(TASKS), device=device)
     with torch.no_grad():
-        for pack in packs_of(rows, args.max_length, group.world)[group.rank :: group.world]:
+        for pack in packs_of(rows, room, world)[rank::world]:
             sums += task_losses(model, pack, sums)[1]
-    return [s / c if c else None for s, c in zip(group.sum(sums).tolist(), learned_tokens(rows))]
+    return [s / c if c else None for s, c in zip(total(sums).tolist(), learned_tokens(rows))]
 
 
-def train(model, rows, held, tokenizer, args, device, dtype, out, made_by, group):
+def train(model, rows, held, tokenizer, args, device, dtype, out, made_by, rank, world):
     """Fine-tune `model` in place on `rows`, from the newest checkpoint on if there is one -> what was spent.
 
     `held` are the validation rows. A step more is a JSON line more in OUT.metrics.jsonl.
     """
     folder, log_path = Path(f"{out}.checkpoints"), Path(f"{out}.metrics.jsonl")
-    weights = prepare(model, device, group.world, dtype, args.checkpointing)
+    weights = prepare(model, device, world, dtype, args.checkpointing)
     optimizer = start_optimizer(weights, args.lr)
     first, seen, spent = 0, 0, 0.0
-    if group.rank == 0:
+    if rank == 0:
         for path in folder.glob("*.partial"):
             shutil.rmtree(path)
-    group.wait()
+    wait()
     if found := whole_checkpoints(folder):
         record = read_json(found[-1] / "record.json")
         dcp.load(tensors(weights, optimizer), checkpoint_id=found[-1])  # in place
         first, seen, spent = record["step"], record["tokens"], record["seconds"]
         for state in optimizer.state.values():
             state["step"].fill_(first)
-        if group.rank == 0:
+        if rank == 0:
             print(f"{found[-1]}: goes on from there")
-    if group.rank == 0:  # lines of steps that will be done again go
+    if rank == 0:  # lines of steps that will be done again go
         lines = sample.whole_lines(log_path)[0] if found and log_path.exists() else []
         log_path.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= first))
 
@@ -555,16 +537,16 @@ def train(model, rows, held, tokenizer, args, device, dtype, out, made_by, group
     def rows_and_packs(number):  # a step is the same for every process, which then takes its packs of it
         epoch, i = divmod(number, per_epoch)
         step = [shown_anew(row, epoch, tokenizer, args) for row in epoch_of(rows, args.batch_size, args.seed, epoch)[i]]
-        return step, packs_of(step, args.max_length, group.world)
+        return step, packs_of(step, args.max_length, world)
 
     def seconds():
         return round(spent + time.time() - started, 2)
 
     bar = tqdm(range(first, n_steps), desc="train", unit=" steps", initial=first, total=n_steps)
-    bar.disable = bar.disable or group.rank > 0
+    bar.disable = bar.disable or rank > 0
     caught, signals = [], (signal.SIGINT, signal.SIGTERM)  # asked to stop: after the step, with a checkpoint
     before = [signal.signal(number, lambda number, _: caught.append(number)) for number in signals]
-    log = open(log_path if group.rank == 0 else os.devnull, "a", encoding="utf-8")
+    log = open(log_path if rank == 0 else os.devnull, "a", encoding="utf-8")
     with log, ThreadPoolExecutor(1) as pool:
         coming = pool.submit(rows_and_packs, first)
         for number in bar:
@@ -572,11 +554,11 @@ def train(model, rows, held, tokenizer, args, device, dtype, out, made_by, group
             coming = pool.submit(rows_and_packs, number + 1)  # tokens of the next step, beside the computing
             counts = learned_tokens(step)
             # FSDP takes the mean of the gradients over the processes; ours is a sum.
-            scale = weight * group.world / torch.tensor(counts, device=device).clamp(min=1)  # [2]
+            scale = weight * world / torch.tensor(counts, device=device).clamp(min=1)  # [2]
             lr = learning_rate(number, n_steps, args.lr, warmup)
-            sums, norm = update(model, weights, optimizer, packs[group.rank :: group.world], scale, lr)
+            sums, norm = update(model, weights, optimizer, packs[rank::world], scale, lr)
             asked = torch.tensor([float(x in caught) for x in signals], device=device)
-            *sums, interrupt, terminate = group.sum(torch.cat([sums, asked])).tolist()
+            *sums, interrupt, terminate = total(torch.cat([sums, asked])).tolist()
 
             means = [s / c if c else None for s, c in zip(sums, counts)]
             lengths = [length_of(row) for row in step]
@@ -586,20 +568,23 @@ def train(model, rows, held, tokenizer, args, device, dtype, out, made_by, group
             line |= {"grad_norm": norm.item(), "tokens": seen, "seconds": seconds()}
             last, stop = number + 1 == n_steps, bool(interrupt or terminate)
             if held and (last or (number + 1) % max(1, n_steps // 10) == 0):
-                line |= zip(("validation_solve", "validation_refine"), validate(model, held, args, device, group))
+                line |= zip(
+                    ("validation_solve", "validation_refine"),
+                    validate(model, held, args.max_length, device, rank, world),
+                )
             log.write(json.dumps(line) + "\n")
             log.flush()
             now = time.time() - started
             shown = " ".join(f"{name} {mean:.3f}" for name, mean in zip(TASKS, means) if mean is not None)
             shown += f" {(seen - seen_before) / now:,.0f} tokens/s"
-            bar.set_postfix_str(shown + (f" MFU {work / now / peak / group.world:.0%}" if peak else ""))
+            bar.set_postfix_str(shown + (f" MFU {work / now / peak / world:.0%}" if peak else ""))
             if not last and (stop or (number + 1) % args.save_every == 0):
-                sync(log_path) if group.rank == 0 else None
+                sync(log_path) if rank == 0 else None
                 record = {**made_by, "step": number + 1, "tokens": seen, "seconds": seconds()}
-                save_checkpoint(folder, number + 1, tensors(weights, optimizer), record, args.keep, group)
+                save_checkpoint(folder, number + 1, tensors(weights, optimizer), record, args.keep, rank)
             if stop and not last:
                 bar.close()
-                if group.rank == 0:
+                if rank == 0:
                     print(f"stopped, saved at step {number + 1}; the same command goes on from there", file=sys.stderr)
                 sys.exit(143 if terminate else 130)
     for number, handler in zip(signals, before):
@@ -608,7 +593,7 @@ def train(model, rows, held, tokenizer, args, device, dtype, out, made_by, group
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # what Linux counts in KiB
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
     spent = {"steps": n_steps, "tokens": seen, "seconds": seconds(), "peak_memory": memory}
-    return {**spent, "processes": group.world, "last": line}
+    return {**spent, "processes": world, "last": line}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -665,20 +650,14 @@ def draw_losses(log_path, path):
     pyplot.close(figure)
 
 
-def model_card(args, solve, refined, counts, spent):
+def model_card(args, record):
     """README.md of the trained folder."""
-    last = spent["last"]
-    results = "".join(f"| {key} | {value:.4f} |\n" for key, value in last.items() if isinstance(value, float))
-    files = "".join(f"- {path}: {count}\n" for path, count in zip((solve, refined), counts) if path)
-    flags = "".join(f"    {name} = {value}\n" for name, value in vars(args).items() if value is not None)
     return (
         f"---\nbase_model: {args.model}\nlibrary_name: transformers\n---\n"
         f"# {Path(args.model).name}, trained to solve and to refine\n\n"
         "Generative Self-Refinement (arXiv 2509.00084): trained jointly on a larger teacher's solutions and on its\n"
-        "refinements of this model's own candidates. Weights are float32.\n\n"
-        f"## Data\n\n{files}\n## Results\n\n"
-        f"{spent['steps']} steps, {spent['tokens']:,} tokens, {spent['seconds']:,.0f} seconds. After the last:\n\n"
-        f"| | |\n| --- | --- |\n{results}\n## Flags\n\n{flags}"
+        "refinements of this model's own candidates. The weights are float32. Data, results and flags:\n\n"
+        f"```json\n{json.dumps(record, indent=2, ensure_ascii=False)}\n```\n"
     )
 
 
@@ -748,12 +727,12 @@ def main(argv=None):
     if min(args.shown) < 0 or (args.shown[0] or math.inf) > (args.shown[1] or math.inf):
         raise InputError(f"--shown {args.shown[0]} {args.shown[1]}: from a number to one not below it, or to 0, all")
     device, _ = pick_device(args.device, "auto")
-    source = find_model(args.model)
-    config = Config.from_dict(read_json(source / "config.json"))
+    # Into the machine's own memory, also for a GPU: see prepare().
+    model, tokenizer = load(args.model, "cpu", torch.float32)
+    config = model.config
     if (args.max_length or 0) > config.context:
         raise InputError(f"--max-length {args.max_length}: the context of {args.model} is {config.context}; lower it")
     args.max_length = args.max_length or min(4096, config.context)
-    tokenizer = Tokenizer(source, config)
 
     # The data, and the rows in them.
     solve, refined, stages = args.solve, args.refine, []
@@ -768,14 +747,20 @@ def main(argv=None):
         stage.main(flags)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    rank, world, _, wait = sample.processes(device, f"train {out}")
-    group = Group(rank, world, wait)
+    rank, world, _, _ = sample.processes(device, f"train {out}")
 
     # One process reads and grades: two that grade by themselves might not agree on a slow answer.
     box = [read_rows(solve, refined, tokenizer, args)] if rank == 0 else [None]
     if world > 1:
         dist.broadcast_object_list(box)
     rows, held, counts = box[0]
+    made = read_json(meta_path(refined)) if refined and meta_path(refined).exists() else {}
+    known = [model.fingerprint(kind) for kind in (torch.float32, torch.bfloat16, torch.float16)]
+    if made.get("candidates_by") and made["candidates_by"] not in known:
+        raise InputError(
+            f"--refine {refined}: refines candidates of another model ({made['candidates_by']}) than {args.model} "
+            f"({known[0]}); refine this one's, or delete {meta_path(refined)} to learn from them all the same"
+        )
     dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
     if rank == 0:
         print(f"{len(rows)} rows to train on, {len(held)} to validate on")
@@ -789,16 +774,6 @@ def main(argv=None):
         return
 
     # What the result depends on. The same again: nothing to do. Another: nothing is overwritten.
-    # To be sharded, weights are read into the machine's memory: each GPU takes its part of them from there.
-    sharded = world > 1 or device.type == "cuda"
-    model, _ = load(args.model, "cpu" if sharded else device, torch.float32)
-    made = read_json(meta_path(refined)) if refined and meta_path(refined).exists() else {}
-    known = [model.fingerprint(kind) for kind in (torch.float32, torch.bfloat16, torch.float16)]
-    if made.get("candidates_by") and made["candidates_by"] not in known:
-        raise InputError(
-            f"--refine {refined}: refines candidates of another model ({made['candidates_by']}) than {args.model} "
-            f"({known[0]}); refine this one's, or delete {meta_path(refined)} to learn from them all the same"
-        )
     names = ("weight", "lr", "epochs", "steps", "batch_size", "max_length", "shown", "seed")
     content = [[[row.task, row.prompt, row.completion] for row in part] for part in (rows, held)]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
@@ -815,12 +790,12 @@ def main(argv=None):
         write_json(meta_path(out), {**record, "complete": False})
     if device.type == "cuda" and not dist.is_initialized():
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    spent = train(model, rows, held, tokenizer, args, device, dtype, out, made_by, group)
+    record["spent"] = train(model, rows, held, tokenizer, args, device, dtype, out, made_by, rank, world)
     if rank == 0:
         draw_losses(Path(f"{out}.metrics.jsonl"), f"{out}.loss.png")
-        write_json(meta_path(out), {**record, "spent": spent, "complete": True})
+        write_json(meta_path(out), {**record, "complete": True})
     # Saved as float32: rounded to bfloat16, weights that moved by less than half a step of it would not have moved.
-    save(model, out, tokenizer.folder, model_card(args, solve, refined, counts, spent))
+    save(model, out, tokenizer.folder, model_card(args, record))
     if rank == 0:
         print(f"{out}: a Hugging Face folder; losses in {out}.metrics.jsonl and {out}.loss.png")
     if dist.is_initialized():
