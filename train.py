@@ -340,7 +340,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, (grad_weight * grad).to(grad_hidden.dtype), None, None
+        return grad_hidden.mul_(grad), grad_weight.mul_(grad).to(grad_hidden.dtype), None, None
 
 
 def task_losses(model, pack, scale):
@@ -397,7 +397,7 @@ def prepare(model, device, world, dtype, checkpointing):
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for module in (*model.model.layers, model):
             fully_shard(module, mesh=mesh, mp_policy=policy)
-    return dict(model.named_parameters())
+    return dict(model.to(device).named_parameters())
 
 
 def start_optimizer(weights, lr):
@@ -565,13 +565,11 @@ def train(model, rows, held, tokenizer, args, device, dtype, out, made_by, rank,
             seen += sum(lengths)
             work += flops(model.config, sum(lengths), sum(counts), sum(n * n for n in lengths))
             line = {"step": number + 1, "loss_solve": means[0], "loss_refine": means[1], "lr": lr}
-            line |= {"grad_norm": norm.item(), "tokens": seen, "seconds": seconds()}
+            line |= {"grad_norm": norm.item(), "padding": padding([packs], world), "tokens": seen, "seconds": seconds()}
             last, stop = number + 1 == n_steps, bool(interrupt or terminate)
             if held and (last or (number + 1) % max(1, n_steps // 10) == 0):
-                line |= zip(
-                    ("validation_solve", "validation_refine"),
-                    validate(model, held, args.max_length, device, rank, world),
-                )
+                found = validate(model, held, args.max_length, device, rank, world)
+                line |= {f"validation_{name}": mean for name, mean in zip(TASKS, found)}
             log.write(json.dumps(line) + "\n")
             log.flush()
             now = time.time() - started
@@ -681,22 +679,9 @@ def main(argv=None):
     add("--exclude", nargs="*", default=[], metavar="FILE", help="drop problems that share 8 words in a row with these")
     add("--validation", type=float, default=0.02, help="problems held back: a share, or a number (default: 0.02)")
     # All wrong: to solve afresh. Mixed: to compare. All right: to copy, which is easy, and good students have many.
-    add(
-        "--balance",
-        nargs=3,
-        type=float,
-        default=[1.0, 1.0, 0.5],
-        metavar=("WRONG", "MIXED", "RIGHT"),
-        help="share kept of refine rows whose candidates are all wrong, mixed, all right (default: 1 1 0.5)",
-    )
-    add(
-        "--shown",
-        nargs=2,
-        type=int,
-        default=[0, 0],
-        metavar=("MIN", "MAX"),
-        help="candidates in a prompt, their number drawn anew each epoch; 0 is all that the teacher saw (default: 0 0)",
-    )
+    shares, numbers = {"nargs": 3, "type": float, "default": [1, 1, 0.5]}, {"nargs": 2, "type": int, "default": [0, 0]}
+    add("--balance", **shares, metavar="SHARE", help="kept of all wrong, mixed, all right refine rows (1 1 0.5)")
+    add("--shown", **numbers, metavar="N", help="candidates in a prompt, at least and at most; 0 for all (0 0)")
     group = parser.add_argument_group("how")
     group.add_argument("--weight", type=float, default=1.0, help="of the refinement loss (default: 1)")
     group.add_argument("--lr", type=float, help="peak learning rate (default: in model.py's table, else 1e-5)")
@@ -738,13 +723,13 @@ def main(argv=None):
     solve, refined, stages = args.solve, args.refine, []
     if not (solve or refined):
         solve, refined, stages = data_stages(args)
-    if args.dry_run and not (solve and Path(solve).exists() or refined and Path(refined).exists()):
-        commands = "\n".join(f"python {Path(stage.__file__).name} {' '.join(flags)}" for stage, flags in stages)
-        raise InputError(f"{solve} {refined}: not there yet; they will be made by\n{commands}")
-    for stage, flags in stages if not args.dry_run else []:
+    for stage, flags in stages:
         if os.environ.get("RANK", "0") == "0":
             print(f"python {Path(stage.__file__).name} {' '.join(flags)}")
-        stage.main(flags)
+        if not args.dry_run:
+            stage.main(flags)
+    if stages and not (solve.exists() and refined.exists()):
+        return print("the rows are made by these commands; once they have run, --dry-run can count them")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     rank, world, _, _ = sample.processes(device, f"train {out}")
