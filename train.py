@@ -775,7 +775,10 @@ def main(argv=None):
         write_json(meta_path(out), {**record, "complete": False})
     if device.type == "cuda" and not dist.is_initialized():
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    record["spent"] = train(model, rows, held, tokenizer, args, device, dtype, out, made_by, rank, world)
+    try:
+        record["spent"] = train(model, rows, held, tokenizer, args, device, dtype, out, made_by, rank, world)
+    except torch.OutOfMemoryError:
+        raise InputError("the device's memory is full; lower --max-length or give --checkpointing")
     if rank == 0:
         draw_losses(Path(f"{out}.metrics.jsonl"), f"{out}.loss.png")
         write_json(meta_path(out), {**record, "complete": True})
