@@ -635,13 +635,11 @@ def draw_losses(log_path, path):
 
     lines = sample.whole_lines(log_path)[0]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for task, color, style in zip(TASKS, ("#0072b2", "#d55e00"), ("-", "--")):
-        for key, marker in ((f"loss_{task}", None), (f"validation_{task}", "o")):
-            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+    for task, color, style, mark in zip(TASKS, ("#0072b2", "#d55e00"), ("-", "--"), ("o", "s")):
+        for key, looks in (("loss", {"linestyle": style}), ("validation", {"linestyle": "none", "marker": mark})):
+            points = [(line["step"], line[f"{key}_{task}"]) for line in lines if line.get(f"{key}_{task}") is not None]
             if points:
-                name = f"{task}, validation" if marker else task
-                line = "none" if marker else style
-                axes.plot(*zip(*points), color=color, linestyle=line, marker=marker, linewidth=1, label=name)
+                axes.plot(*zip(*points), color=color, mfc="none", linewidth=1, label=f"{key}, {task}", **looks)
     axes.set(xlabel="step", ylabel="cross-entropy of a learned token, nats", ylim=(0, None))
     axes.legend()
     figure.savefig(path, dpi=150)
