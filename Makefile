@@ -1,7 +1,8 @@
 # make setup   a virtual environment in .venv with the pinned requirements
 # make demo    the whole method on the built-in tiny model, in minutes on a CPU
 # make test    the tests
-# make bench   the sampler beside other engines; GSR_REAL_MODEL is the folder of SmolLM2-135M-Instruct
+# make bench   the sampler beside other engines, training beside other loops; GSR_REAL_MODEL is the folder of
+#              SmolLM2-135M-Instruct, and GSR_PROBLEMS has svamp.jsonl
 PYTHON ?= python3
 PY := .venv/bin/python
 RUN := runs/tiny
@@ -33,3 +34,4 @@ test: .venv/installed-test
 
 bench: .venv/installed-test
 	$(PY) bench/sampling.py
+	$(PY) bench/training.py

@@ -62,6 +62,7 @@ import jinja2
 import numpy as np
 import tokenizers
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
@@ -339,12 +340,15 @@ class Decoder(nn.Module):
         """hidden [..., C] -> logits [..., V]."""
         return project(hidden, self.lm_head)[0]
 
-    def fingerprint(self):
-        """A short hash that tells two sets of weights apart: of all norms and biases and the first embedding."""
+    def fingerprint(self, dtype=None):
+        """A short hash that tells two sets of weights apart: of all norms and biases and the first embedding.
+
+        With `dtype`, that of the model after it has been rounded to it.
+        """
         digest = hashlib.sha256(json.dumps(self.config.raw, sort_keys=True).encode())
         for _, weight in sorted(self.named_parameters()):
             part = weight if weight.dim() == 1 else weight[:1]
-            digest.update(part.detach().float().cpu().numpy().tobytes())
+            digest.update(part.detach().to(dtype or part.dtype).float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -473,23 +477,51 @@ def load(name, device="cpu", dtype=torch.float32):
     return model.to(device).eval(), Tokenizer(folder, config)
 
 
-def save(model, folder, source):
+def save(model, folder, source, card=None, shard_bytes=5 * 10**9):
     """Write a Hugging Face folder: the weights in the type that they have, the rest copied from folder `source`.
 
+    Weights of more than `shard_bytes` go to several files, with an index. Of a model that is sharded over processes
+    all have to call this; the first one writes. `card` becomes README.md.
     Everything goes to a sibling folder first and is renamed at the end, so that `folder` is never half written.
     """
     folder, partial = Path(folder), Path(f"{folder}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    raw = {**model.config.raw, "torch_dtype": dtype}
-    raw.pop("dtype", None)  # the newer name of the same
+    writes = not dist.is_initialized() or dist.get_rank() == 0
     state = model.state_dict()
     if model.config.tie_embeddings:
         state.pop("lm_head.weight")
-    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
+    sizes = {key: value.numel() * value.element_size() for key, value in state.items()}
+    files, filled = [[]], 0
+    for key, size in sizes.items():
+        if files[-1] and filled + size > shard_bytes:
+            files, filled = [*files, []], 0
+        files[-1].append(key)
+        filled += size
+    if writes:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    weight_map = {}
+    for number, keys in enumerate(files, 1):
+        name = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
+        part = {}
+        for key in keys:
+            value = state[key].detach()
+            value = value.full_tensor() if hasattr(value, "full_tensor") else value
+            if writes:
+                part[key] = value.cpu().contiguous()
+        if writes:
+            save_file(part, partial / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(keys, name)
+    if not writes:
+        return
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    raw = {**model.config.raw, "torch_dtype": dtype}
+    raw.pop("dtype", None)  # the newer name of the same
     (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    if card:
+        (partial / "README.md").write_text(card, encoding="utf-8")
     for name in TOKENIZER_FILES:
         if (Path(source) / name).exists():
             shutil.copyfile(Path(source) / name, partial / name)

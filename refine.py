@@ -14,7 +14,7 @@ import dataclasses
 
 import numpy as np
 
-from evaluate import InputError, command_line, read_jsonl, strip_thinking
+from evaluate import InputError, command_line, meta_path, read_json, read_jsonl, strip_thinking
 from model import load, pack, pick_device, uniforms
 from sample import SOLVE_PROMPT, add_sampling_flags, as_json, check_sizes, sampling_params, versions, write_rows
 
@@ -102,8 +102,8 @@ def refinement_prompt(row, order, tokenizer, context, reserve):
     )
 
 
-def read_candidates(path):
-    rows = read_jsonl(path, keys=("id", "problem", "candidates"))
+def read_candidates(path, *more_keys):
+    rows = read_jsonl(path, keys=("id", "problem", "candidates", *more_keys))
     for row in rows:
         if not row["candidates"] or not all(isinstance(c, dict) and "text" in c for c in row["candidates"]):
             raise InputError(f"{path}, id {row['id']!r}: no candidates with a text; make them with sample.py")
@@ -152,9 +152,11 @@ def main(argv=None):
         "sampling": dataclasses.asdict(params),
     }
     tokens = {"prompt": sum(len(ids) for row in prompts for _, ids, _ in row)}
+    source = meta_path(args.candidates)
     record = {
         "model": args.model,
         "data": args.candidates,
+        "candidates_by": read_json(source).get("weights") if source.exists() else None,
         "flags": vars(args),
         "versions": versions(),
         "tokens": tokens,

@@ -150,9 +150,10 @@ def sampling_params(args, defaults):
 # An output file that can be stopped at any moment
 
 
-def check_same(out, made_by):
-    """InputError unless the output `out`, which exists, was made by what `made_by` says."""
-    old = read_json(meta_path(out)) if meta_path(out).exists() else {}
+def check_same(out, made_by, record=None):
+    """InputError unless the output `out`, which exists, was made by what `made_by` says, after its record."""
+    record = record or meta_path(out)
+    old = read_json(record) if record.exists() else {}
     for key, value in made_by.items():
         if old.get(key) != value:
             raise InputError(
@@ -205,8 +206,9 @@ def processes(device, name):
     store, rank, world = next(dist.rendezvous("env://"))
     backend = "nccl" if device.type == "cuda" else "gloo"
     # One process may have much more to do than another: who is done waits, for days if need be.
+    store = dist.PrefixStore(name, store)  # train.py joins them several times, each time afresh
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(days=30))
-    return rank, world, dist.PrefixStore(name, store).add, dist.barrier
+    return rank, world, store.add, dist.barrier
 
 
 def write_rows(args, out, rows, made_by, record, samples, model, params, stop_ids, requests, finish):
@@ -291,7 +293,7 @@ def write_rows(args, out, rows, made_by, record, samples, model, params, stop_id
         generated = sum(c["n_tokens"] for row in there.values() for c in row.get("refinements", row["candidates"]))
         tokens = {**record["tokens"], "prompt_read": before.get("tokens", {}).get("prompt_read", 0) + read}
         write_meta(complete=True, tokens={**tokens, "generated": generated})
-    if world > 1:
+    if dist.is_initialized():
         wait()
         dist.destroy_process_group()
 

@@ -44,7 +44,8 @@ def test_readme_commands_run(data, tmp_path, monkeypatch):  # noqa: F811
         if command[0] == "make":  # CI runs these
             assert f"\n{command[1]}:" in (ROOT / "Makefile").read_text()
         elif command[0] == ".venv/bin/torchrun":  # tests/test_stages.py starts several; here, what each is given
-            importlib.import_module(command[2].removesuffix(".py")).main(command[3:])
+            script = command[command.index("--") + 1 :]
+            importlib.import_module(script[0].removesuffix(".py")).main(script[1:])
         else:
             assert command[0] == ".venv/bin/python"
             importlib.import_module(command[1].removesuffix(".py")).main(command[2:])

@@ -1,19 +1,31 @@
-"""train.py: which rows are learned, the loss, and what comes out."""
+"""train.py: which rows are learned, the loss, packs, processes, checkpoints, and what comes out."""
 
 import argparse
+import json
 import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_folder
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import ROOT, make_folder
 from test_evaluate import refined_row, write_rows
 from test_model import theirs
 
-import evaluate
 import model as m
 import sample
 import train
-from evaluate import InputError, read_json, read_jsonl
+from evaluate import InputError, meta_path, read_json, read_jsonl
+
+CPU = torch.device("cpu")
 
 
 def completion(text, reason="stop"):
@@ -37,30 +49,26 @@ def data(tmp_path_factory):
         ]
         refinements = [{**completion(f"Better: \\boxed{{{2 * i}}}"), "order": [2, 0, 1], "prompt": ""}]
         refinements.append({**completion("Worse: \\boxed{77}"), "order": [0, 1, 2], "prompt": ""})
+        refinements.append({**completion("I give up."), "order": [0, 1, 2], "prompt": ""})
         refined.append({**row, "candidates": candidates, "refinements": refinements})
     return write_rows(folder / "s.candidates.jsonl", solutions), write_rows(folder / "r.refined.jsonl", refined)
 
 
-def test_rows(data, random_model):
-    """Guards against: wrong, cut-off or doubled texts being learned; another order than the teacher's; no stop id."""
-    _, tokenizer = m.load(random_model)
-    grader = evaluate.Grader()
-    dropped = {"wrong": 0, "cut off": 0, "twice": 0, "too long": 0}
-    rows = train.solve_rows(data[0], tokenizer, 1024, grader, dropped)
-    assert len(rows) == 6 and dropped == {"wrong": 6, "cut off": 6, "twice": 6, "too long": 0}
-    assert rows[3].prompt == tokenizer.encode_chat(sample.SOLVE_PROMPT.format(problem="What is 3 + 3?"))[1]
-    assert tokenizer.decode(rows[3].completion) == "3 and 3 make \\boxed{6}." and rows[3].completion[-1] == 2
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A model that is small, and calm enough to be trained."""
+    folder = tmp_path_factory.mktemp("student") / "student"
+    return make_folder(folder, "qwen2", scale=0.5, max_position_embeddings=1024)
 
-    rows = train.refine_rows(data[1], tokenizer, 1024, grader, dropped)
-    assert len(rows) == 6 and dropped["wrong"] == 12
-    text = tokenizer.tokenizer.decode(rows[3].prompt, skip_special_tokens=False)
-    assert text.index("I do not know") < text.index("perhaps") < text.index("or \\boxed{6}")
-    assert tokenizer.decode(rows[3].completion) == "Better: \\boxed{6}"
 
-    assert train.refine_rows(data[1], tokenizer, 300, grader, dropped) == [] and dropped["too long"] == 6
+def settings(**changes):
+    names = {"lr": 1e-3, "batch_size": 4, "epochs": 1, "steps": None, "seed": 0, "weight": 0.5, "max_length": 1024}
+    names |= {"balance": [1.0, 1.0, 1.0], "shown": [0, 0], "checkpointing": False, "save_every": 100, "keep": 2}
+    return argparse.Namespace(**{**names, **changes})
 
 
 def rows_of(*lengths):
+    """Rows of random ids, solve and refine in turns, that are shown as they are."""
     rows, generator = [], torch.Generator().manual_seed(3)
     for i, (prompt, length) in enumerate(lengths):
         ids = torch.randint(3, 300, (prompt + length,), generator=generator).tolist()
@@ -68,56 +76,201 @@ def rows_of(*lengths):
     return rows
 
 
-def test_loss_is_that_of_each_row_alone(random_model):
-    """Guards against: padding or the prompt in the loss, labels off by one, tasks mixed up. Oracle: row by row."""
-    model, _ = m.load(random_model)
-    rows = rows_of((5, 9), (30, 4), (12, 1), (3, 20))
-    expected = [0.0, 0.0]
+def run_train(folder, rows, out, held=(), **changes):
+    """train.train() on a fresh copy of a model -> (its weights in one row, the lines of its log)."""
+    model, tokenizer = m.load(folder)
+    train.train(model, rows, list(held), tokenizer, settings(**changes), CPU, torch.float32, out, {"a": 1}, 0, 1)
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), read_jsonl(f"{out}.metrics.jsonl")
+
+
+ROWS = ((5, 9), (30, 4), (12, 1), (3, 20), (40, 8), (2, 2))
+
+# ------------------------------------------------------------------------------------------------
+# Rows
+
+
+def test_rows(data, random_model):
+    """Guards against: wrong, cut-off or doubled texts being learned; another order than the teacher's; no stop id."""
+    _, tokenizer = m.load(random_model)
+    rows, dropped = train.make_rows(data[0], 0, tokenizer, lambda _: False, settings())
+    assert len(rows) == 6 and {k: n for k, n in dropped.items() if n} == {"wrong": 6, "cut off": 6, "duplicate": 6}
+    assert rows[3].prompt == tokenizer.encode_chat(sample.SOLVE_PROMPT.format(problem="What is 3 + 3?"))[1]
+    assert tokenizer.decode(rows[3].completion) == "3 and 3 make \\boxed{6}." and rows[3].completion[-1] == 2
+
+    rows, dropped = train.make_rows(data[1], 1, tokenizer, lambda _: False, settings())
+    assert len(rows) == 6 and {k: n for k, n in dropped.items() if n} == {"wrong": 6, "no answer": 6}
+    text = tokenizer.tokenizer.decode(rows[3].prompt, skip_special_tokens=False)
+    assert text.index("I do not know") < text.index("perhaps") < text.index("or \\boxed{6}")
+    assert tokenizer.decode(rows[3].completion) == "Better: \\boxed{6}" and {row.kind for row in rows} == {1}
+
+    assert train.make_rows(data[1], 1, tokenizer, lambda _: False, settings(max_length=300))[1]["too long"] == 6
+    assert train.make_rows(data[1], 1, tokenizer, lambda _: True, settings())[1]["excluded"] == 18
+    none = settings(balance=[1.0, 0.0, 1.0])
+    assert train.make_rows(data[1], 1, tokenizer, lambda _: False, none)[1]["unbalanced"] == 6
+
+
+def test_kinds_and_balance(tmp_path, random_model):
+    """Guards against: rows told by another answer than the candidates', a share that is not kept."""
+    _, tokenizer = m.load(random_model)
+    answers = {"w": ["2", "3"], "m": ["1", "3"], "r": ["1", "1"]}
+    lines = [refined_row(f"{kind}{i}", answers[kind], ["1"]) for i in range(40) for kind in "wmr"]
+    path = write_rows(tmp_path / "x.refined.jsonl", lines)
+    rows, dropped = train.make_rows(path, 1, tokenizer, lambda _: False, settings())
+    assert all(row.kind == "wmr".index(row.problem["id"][0]) for row in rows) and len(rows) == 120
+    half = train.make_rows(path, 1, tokenizer, lambda _: False, settings(balance=[1.0, 1.0, 0.5]))
+    kinds = [row.kind for row in half[0]]
+    assert kinds.count(0) == kinds.count(1) == 40 and 10 < kinds.count(2) < 30
+    assert half[1]["unbalanced"] == 40 - kinds.count(2)
+
+
+def test_candidates_are_shown_anew_each_epoch(data, random_model):
+    """Guards against: one order for all epochs, draws that depend on what was drawn before, "Candidate 2" misplaced."""
+    _, tokenizer = m.load(random_model)
+    rows, _ = train.make_rows(data[1], 1, tokenizer, lambda _: False, settings())
+    args = settings(shown=[1, 2])
+    epochs = [[train.shown_anew(row, epoch, tokenizer, args).prompt for row in rows] for epoch in range(8)]
+    assert epochs[3] == [train.shown_anew(row, 3, tokenizer, args).prompt for row in rows]
+    texts = [tokenizer.tokenizer.decode(prompt, skip_special_tokens=False) for epoch in epochs for prompt in epoch]
+    numbers = [text.count("\nCandidate ") for text in texts]
+    assert set(numbers) == {1, 2} and all(f"{n} candidate solutions" in text for n, text in zip(numbers, texts))
+    assert all(len({tuple(epoch[i]) for epoch in epochs}) > 2 for i in range(6))
+    assert all(train.shown_anew(row, 1, tokenizer, settings()).prompt != row.prompt for row in rows[:1])
+
+    problem, refinement = rows[0].problem, {"text": "Candidate 2 has it: \\boxed{0}", "order": [2, 0, 1]}
+    named = train.make_row(1, problem, 0, refinement, tokenizer, 1024)
+    assert all(train.shown_anew(named, epoch, tokenizer, args) is named for epoch in range(5))
+
+
+def test_exclusion(tmp_path):
+    """Guards against: test problems in the training rows, whole or in part."""
+    problems = ["How many legs do three spiders have in all,  if each has eight?", "What is 2 + 3?"]
+    path = write_rows(tmp_path / "test.jsonl", [{"problem": text, "answer": "1"} for text in problems])
+    overlaps = train.overlap_test([path])
+    assert overlaps("how many legs do three spiders have in all, if each has eight?") and overlaps("What is 2 + 3?")
+    assert overlaps("Tell me: HOW MANY legs do three spiders have in a box")  # eight words in a row
+    assert not overlaps("How many legs do three spiders own altogether?") and not overlaps("What is 2 - 3?")
+    assert not train.overlap_test([])("What is 2 + 3?")
+
+
+def test_split_keeps_problems_together():
+    """Guards against: a problem whose solution is trained and whose refinement validates, under another id as well."""
+    rows = [train.Row(i % 2, [i], [i], {"id": i, "problem": f"problem {i // 4}"}) for i in range(400)]
+    for validation, n in ((0.1, 10), (7, 7), (0.001, 0), (0, 0)):
+        kept, held = train.split(rows, validation, 0)
+        texts = [{row.problem["problem"] for row in part} for part in (kept, held)]
+        assert len(texts[1]) == n and not texts[0] & texts[1] and len(kept) + len(held) == 400
+    assert train.split(rows, 7, 0) == train.split(rows, 7, 0) != train.split(rows, 7, 1)
+    with pytest.raises(InputError, match="leave some to train on"):
+        train.split(rows, 100, 0)
+
+
+# ------------------------------------------------------------------------------------------------
+# The loss
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "mistral"])
+def test_loss_of_a_pack_is_that_of_each_row_alone(kind, tmp_path):
+    """Guards against: rows that see each other, positions that go on, labels off by one, tasks mixed up, a window lost.
+
+    Oracle: row by row, through all of the logits.
+    """
+    folder = make_folder(tmp_path / kind, kind, **({"sliding_window": 8} if kind == "mistral" else {"head_dim": 16}))
+    model, _ = m.load(folder)
+    rows, expected = rows_of(*ROWS), [0.0, 0.0]
     for row in rows:
         logits = model.logits(model(torch.tensor([row.prompt + row.completion])))[0].log_softmax(-1)
         for i, token in enumerate(row.completion):
             expected[row.task] -= logits[len(row.prompt) + i - 1, token].item()
-    losses = train.task_losses(model, rows, torch.device("cpu"))
+    loss, losses = train.task_losses(model, rows, torch.tensor([2.0, 0.5]))
     assert losses.tolist() == pytest.approx(expected, rel=1e-5)
-    [only] = train.task_losses(model, rows[1:2], torch.device("cpu"))[1:].tolist()
-    assert only > 0 and train.task_losses(model, rows[1:2], torch.device("cpu"))[0] == 0  # no solve row: 0, not NaN
+    assert loss.item() == pytest.approx(2 * expected[0] + 0.5 * expected[1], rel=1e-5)
+    with torch.no_grad():
+        solve, only = train.task_losses(model, rows[1:2], torch.ones(2))[1].tolist()
+        assert only > 0 and solve == 0  # no solve row: 0, not NaN
 
 
-def settings(**changes):
-    names = {"lr": 1e-3, "batch_size": 4, "epochs": 1, "steps": None, "seed": 0, "weight": 0.5}
-    return argparse.Namespace(**{**names, "micro_batch_tokens": 8192, **changes})
+def test_a_process_without_rows_has_gradients_of_zero(random_model):
+    """Guards against: a rank that waits for ever for another, which had nothing to do."""
+    model, _ = m.load(random_model)
+    loss, losses = train.task_losses(model, [], torch.ones(2))
+    loss.backward()
+    assert loss.item() == 0 and losses.tolist() == [0, 0]
+    assert all(p.grad is not None and p.grad.abs().sum() == 0 for p in model.parameters())
 
 
-def test_accumulation_does_not_change_the_step(random_model, tmp_path):
-    """Guards against: a mean of means, which weighs the tokens of small micro-batches more."""
-    rows, weights = rows_of((5, 9), (30, 4), (12, 1), (3, 20)), []
-    for tokens in (8192, 40, 1):
-        model, _ = m.load(random_model)
-        with open(tmp_path / f"{tokens}.jsonl", "w") as log:
-            train.train(model, rows, settings(micro_batch_tokens=tokens, steps=3), torch.device("cpu"), log)
-        weights.append(torch.cat([p.flatten() for p in model.parameters()]))
-    for other in weights[1:]:
-        torch.testing.assert_close(weights[0], other, atol=2e-5, rtol=0)
-    lines = read_jsonl(tmp_path / "1.jsonl")
-    assert [line["step"] for line in lines] == [1, 2, 3]
-    assert lines[0]["loss_solve"] > 0 and lines[0]["loss_refine"] > 0
+def test_chunked_cross_entropy(monkeypatch):
+    """Guards against: chunks that overlap or miss a position, gradients not scaled. Oracle: all logits at once."""
+    monkeypatch.setattr(train, "CHUNK", 7 * 50)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(33, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    labels, scale = torch.randint(0, 50, (33,)), torch.rand(33)
+    expected = F.cross_entropy(hidden @ weight.t(), labels, reduction="none")
+    (3 * (expected * scale).sum()).backward()
+    gradients = [x.grad.clone() for x in (hidden, weight)]
+    hidden.grad = weight.grad = None
+    total, losses = train.ChunkedCrossEntropy.apply(hidden, weight, labels, scale)
+    (3 * total).backward()
+    torch.testing.assert_close(losses, expected.detach())
+    for ours, reference in zip((hidden.grad, weight.grad), gradients):
+        torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)
+
+
+def test_packing_and_accumulation_do_not_change_the_step(student, tmp_path):
+    """Guards against: a mean of means, which weighs the tokens of small packs more."""
+    rows, rooms = rows_of(*ROWS), (1024, 75, 47)
+    assert [len(train.packs_of(rows, room, 1)) for room in rooms] == [1, 2, 3]
+    found = [run_train(student, rows, tmp_path / f"{n}", steps=3, max_length=n, batch_size=6) for n in rooms]
+    for weights, lines in found[1:]:
+        torch.testing.assert_close(found[0][0], weights, atol=2e-5, rtol=0)
+        for line, other in zip(found[0][1], lines):
+            assert line["loss_solve"] == pytest.approx(other["loss_solve"], abs=1e-5)
+            assert line["loss_refine"] == pytest.approx(other["loss_refine"], abs=1e-5)
+    assert [line["step"] for line in found[0][1]] == [1, 2, 3]
 
 
 def test_joint_loss_is_the_weighted_sum(random_model, tmp_path):
     """L = L_solve + weight * L_refine, each a mean over its own tokens: checked by the gradient of the first step."""
     rows = rows_of((5, 9), (30, 4))
     model, _ = m.load(random_model)
-    solve, refine = train.task_losses(model, rows, torch.device("cpu"))
-    (solve / 9 + 0.5 * refine / 4).backward()
+    (solve, refine) = train.task_losses(model, rows, torch.tensor([1 / 9, 0.5 / 4]))[1].tolist()
+    (train.task_losses(model, rows[:1], torch.tensor([1 / 9, 0.0]))[0]).backward()
+    (train.task_losses(model, rows[1:], torch.tensor([0.0, 0.5 / 4]))[0]).backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
-    model, _ = m.load(random_model)
-    with open(tmp_path / "log.jsonl", "w") as log:
-        train.train(model, rows, settings(steps=1), torch.device("cpu"), log)
-    [line] = read_jsonl(tmp_path / "log.jsonl")
+    _, [line] = run_train(random_model, rows, tmp_path / "out", steps=1)
     assert line["grad_norm"] == pytest.approx(expected, rel=1e-4)
-    assert line["loss_solve"] == pytest.approx(solve.item() / 9) and line["loss_refine"] == pytest.approx(
-        refine.item() / 4
+    assert line["loss_solve"] == pytest.approx(solve / 9) and line["loss_refine"] == pytest.approx(refine / 4)
+
+
+def test_activation_checkpointing_changes_no_weight(student, tmp_path):
+    plain, again = (
+        run_train(student, rows_of(*ROWS), tmp_path / f"{on}", steps=3, checkpointing=on)[0] for on in (False, True)
     )
+    assert torch.equal(plain, again)
+
+
+def test_sharded_in_bfloat16_keeps_float32_weights(random_model):
+    """What a GPU does, on one CPU process: weights, gradients and moments float32, compute bfloat16, tied matrices."""
+    rows, scale = rows_of(*ROWS), torch.tensor([0.1, 0.1])
+    model, _ = m.load("tiny")
+    expected = train.task_losses(model, rows, scale)[1]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        weights = train.prepare(model, CPU, 1, torch.bfloat16, True)
+        optimizer = train.start_optimizer(weights, 1e-3)
+        before = {name: weight.full_tensor().clone() for name, weight in weights.items()}
+        sums, norm = train.update(model, weights, optimizer, [rows[:3], rows[3:]], scale, 1e-5)
+        assert sums.tolist() == pytest.approx(expected.tolist(), rel=0.02) and 0 < norm < math.inf
+        assert {weight.dtype for weight in weights.values()} == {torch.float32}
+        assert {s["exp_avg"].dtype for s in optimizer.state.values()} == {torch.float32}
+        # Steps of 1e-5 are less than bfloat16 could add to most weights.
+        moved = [(weights[n].full_tensor() != before[n]).float().mean().item() for n in before if "layers" in n]
+        assert min(moved) > 0.9
+    finally:
+        dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------
+# Steps and packs
 
 
 def test_epochs_hold_every_row_once_and_both_tasks_in_each_step():
@@ -128,29 +281,159 @@ def test_epochs_hold_every_row_once_and_both_tasks_in_each_step():
     assert steps != train.epoch_of(rows, 8, 0, 1) and steps == train.epoch_of(rows, 8, 0, 0)
 
 
+def test_packs():
+    """Guards against: lost rows, packs over the limit, ranks that wait for one with more to do."""
+    rng = random.Random(0)
+    for world in (1, 2, 8):
+        steps = []
+        for _ in range(20):  # lengths of SVAMP's rows, as bench/training.py makes them
+            lengths = [rng.choice((rng.randint(130, 240), rng.randint(450, 1060))) for _ in range(32)]
+            rows = rows_of(*((n // 2, n - n // 2 + 1) for n in lengths))
+            packs = train.packs_of(rows, 4096, world)
+            assert sorted(map(id, rows)) == sorted(id(row) for pack in packs for row in pack)
+            assert len(packs) % world == 0 and all(sum(map(train.length_of, pack)) <= 4096 for pack in packs)
+            steps.append(packs)
+        assert train.padding(steps, world) < (0.05 if world > 1 else 1e-9)
+    assert train.packs_of(rows_of((50, 51)), 100, 3)[1:] == [[], []]
+    # Three of 60 fit two packs of 100 in sum, but not in pieces.
+    assert len(train.packs_of(rows_of((30, 31), (30, 31), (30, 31)), 100, 1)) == 3
+    assert train.padding([[rows_of((5, 6)), rows_of((2, 4))]], 2) == pytest.approx(5 / 20)
+
+
 def test_schedule():
     rates = [train.learning_rate(step, 100, 1.0, 5) for step in range(100)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and max(rates) == 1.0
     assert rates[5:] == sorted(rates[5:], reverse=True) and rates[-1] == pytest.approx(0.1, abs=0.01)
 
 
-def test_trained_folder(data, tmp_path, capsys):
+# ------------------------------------------------------------------------------------------------
+# Processes, kills and resumes
+
+
+def flags_of(student, data, out, *more):
+    flags = ["--model", str(student), "--solve", data[0], "--refine", data[1], "--out", str(out), "--device", "cpu"]
+    return [*flags, "--lr", "3e-3", "--batch-size", "6", "--validation", "1", *more]
+
+
+def start(flags, ranks=0):
+    """train.py as a process, or as `ranks` of them."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    command = [sys.executable, *torchrun, str(ROOT / "train.py"), *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == code, out + err
+    return out + err
+
+
+def assert_same_losses(one, other, tolerance):
+    lines = [read_jsonl(f"{out}.metrics.jsonl") for out in (one, other)]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+    for a, b in zip(*lines):
+        for key in ("loss_solve", "loss_refine", *(k for k in a if k.startswith("validation"))):
+            assert a[key] == pytest.approx(b[key], abs=tolerance)
+
+
+@pytest.mark.parametrize("room", ["1024", "520"])  # one pack for each of two ranks or fewer; several, accumulated
+def test_two_processes_have_the_losses_of_one(data, student, tmp_path, room):
+    """Guards against: means of means over ranks, ranks that choose other rows, a hang where one has no pack."""
+    flags = ["--steps", "20", "--max-length", room]
+    two = start(flags_of(student, data, tmp_path / "two", *flags), 2)
+    train.main(flags_of(student, data, tmp_path / "one", *flags))
+    finish(two)
+    assert_same_losses(tmp_path / "one", tmp_path / "two", 1e-4)
+    trained = [m.load(tmp_path / name)[0].state_dict() for name in ("one", "two")]
+    for name, weight in trained[0].items():
+        torch.testing.assert_close(weight, trained[1][name], atol=1e-3, rtol=0)
+
+
+def wait_for(condition, process):
+    while process.poll() is None and not condition():
+        time.sleep(0.002)
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_weights(data, student, tmp_path):
+    """SIGKILL while it trains and while it saves: the same command ends bit for bit the same."""
+    out, rng = tmp_path / "out", random.Random(5)
+    flags = ["--steps", "30", "--save-every", "1"]
+    finish(start(flags_of(student, data, tmp_path / "whole", *flags)))
+    folder, resumed = Path(f"{out}.checkpoints"), 0
+    for kill in range(4):
+        done = [path.name.removeprefix("step-") for path in train.whole_checkpoints(folder)]
+        target = folder / f"step-{int(done[-1] if done else 0) + 4}"
+        saving = target.with_suffix(".partial") if kill % 2 else target
+        process = start(flags_of(student, data, out, *flags))
+        wait_for(lambda: saving.exists() or target.exists(), process)  # noqa: B023
+        time.sleep(rng.choice((0, 0.01)))
+        process.kill()
+        resumed += "goes on from there" in process.communicate()[0]
+    assert resumed == 3 and not out.exists()
+    output = finish(start(flags_of(student, data, out, *flags)))
+    assert "goes on from there" in output
+    assert read_json(meta_path(out))["complete"] and Path(f"{out}.loss.png").exists()
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert_same_losses(tmp_path / "whole", out, 0)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-28", "step-29"]
+
+
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_asked_to_stop_it_saves(data, student, tmp_path, sign, code):
+    """Guards against: work lost on a cluster's SIGTERM or on Ctrl-C, or a traceback. Two ranks go on from there."""
+    out, flags = tmp_path / "out", ["--steps", "12"]
+    process = start(flags_of(student, data, out, *flags))
+    log = Path(f"{out}.metrics.jsonl")
+    wait_for(lambda: log.exists() and log.read_text().count("\n") > 3, process)
+    process.send_signal(sign)
+    text = finish(process, code)
+    step = int(re.search(r"stopped, saved at step (\d+); the same command goes on", text)[1])
+    assert "Traceback" not in text and 4 <= step < 12
+    assert [path.name for path in train.whole_checkpoints(f"{out}.checkpoints")] == [f"step-{step}"]
+    if sign == signal.SIGTERM:
+        assert f"step-{step}: goes on from there" in finish(start(flags_of(student, data, out, *flags), 2))
+        train.main(flags_of(student, data, tmp_path / "whole", *flags))
+        assert_same_losses(tmp_path / "whole", out, 1e-4)
+
+
+def test_what_two_ranks_saved_one_goes_on_from(data, student, tmp_path):
+    """The other way round; and torchrun's SIGTERM, which comes to all ranks, lets them save together."""
+    out, flags = tmp_path / "out", ["--steps", "30"]
+    process = start(flags_of(student, data, out, *flags), 2)
+    log = Path(f"{out}.metrics.jsonl")
+    wait_for(lambda: log.exists() and log.read_text().count("\n") > 3, process)
+    process.terminate()
+    text = "".join(process.communicate(timeout=100))
+    assert text.count("stopped, saved at step") == 1 and process.returncode
+    train.main(flags_of(student, data, out, *flags))
+    train.main(flags_of(student, data, tmp_path / "whole", *flags))
+    assert_same_losses(tmp_path / "whole", out, 1e-4)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_trained_folder(data, student, tmp_path, capsys):
     """It learns its rows, transformers loads the result with the same logits, and a second run leaves it alone."""
-    student, out = (
-        make_folder(tmp_path / "student", "qwen2", scale=0.5, max_position_embeddings=1024),
-        tmp_path / "trained",
-    )
-    flags = ["--model", str(student), "--solve", data[0], "--refine", data[1], "--out", str(out), "--lr", "3e-3"]
-    flags += ["--batch-size", "12", "--steps", "60", "--device", "cpu"]
+    out = tmp_path / "trained"
+    flags = flags_of(student, data, out, "--steps", "60", "--batch-size", "12", "--validation", "0")
     train.main(flags)
     printed = capsys.readouterr().out
+    assert "6 solve rows; dropped: 0 excluded, 6 cut off, 0 no answer, 6 wrong, 6 duplicate" in printed
     assert (
-        "6 solve rows; dropped: 6 wrong, 6 cut off, 6 twice" in printed and "6 refine rows; dropped: 6 wrong" in printed
+        "6 refine rows (0 all wrong, 6 mixed, 0 all right); dropped: 0 excluded, 0 cut off, 6 no answer, 6 wrong"
+        in printed
     )
+    assert "computing in float32" in printed
     lines = read_jsonl(f"{out}.metrics.jsonl")
     assert lines[-1]["loss_solve"] < 0.3 * lines[0]["loss_solve"]
     assert lines[-1]["loss_refine"] < 0.3 * lines[0]["loss_refine"]
-    assert read_json(f"{out}.meta.json")["complete"] and read_json(f"{out}.meta.json")["spent"]["steps"] == 60
+    meta = read_json(meta_path(out))
+    assert meta["complete"] and meta["spent"]["steps"] == 60 and meta["data"]["solve"]["dropped"]["wrong"] == 6
+    assert Path(f"{out}.loss.png").stat().st_size > 5000
+    assert "loss_refine" in (out / "README.md").read_text() and '"lr": 0.003' in (out / "README.md").read_text()
 
     model, tokenizer = m.load(out)
     ids = torch.tensor([tokenizer.encode_chat("What is 2 + 2?")[1]])
@@ -162,6 +445,97 @@ def test_trained_folder(data, tmp_path, capsys):
     with pytest.raises(InputError, match="exists, and was made with lr"):
         train.main([*flags, "--lr", "1e-4"])
     assert (out / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_export_in_shards(tie, tmp_path):
+    """Guards against: an index that names other files than there are, or a tied matrix twice. Oracle: transformers."""
+    folder = make_folder(tmp_path / "a", "qwen2", tie_word_embeddings=tie)
+    model, tokenizer = m.load(folder)
+    m.save(model, tmp_path / "b", folder, "card", shard_bytes=50_000)
+    shards = sorted(path.name for path in (tmp_path / "b").glob("*.safetensors"))
+    index = read_json(tmp_path / "b" / "model.safetensors.index.json")
+    assert len(shards) > 3 and sorted(set(index["weight_map"].values())) == shards
+    again, _ = m.load(tmp_path / "b")
+    assert again.fingerprint() == model.fingerprint()
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(model(ids)), theirs(tmp_path / "b")(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_validation_is_apart(data, student, tmp_path):
+    """Both losses of the validation rows are logged, and those rows are not trained. Oracle: the rows one by one."""
+    rows = rows_of(*ROWS)
+    weights, lines = run_train(student, rows[:4], tmp_path / "a", held=rows[4:], steps=20)
+    assert [line["step"] for line in lines if "validation_solve" in line] == list(range(2, 21, 2))
+    other, _ = run_train(student, rows[:4], tmp_path / "b", steps=20)
+    assert torch.equal(weights, other)
+    model, _ = m.load(student)
+    with torch.no_grad():
+        at = 0
+        for parameter in model.parameters():
+            parameter.copy_(weights[at : at + parameter.numel()].view_as(parameter))
+            at += parameter.numel()
+        solve = train.task_losses(model, rows[4:5], torch.ones(2))[1][0].item() / 8
+    assert lines[-1]["validation_solve"] == pytest.approx(solve, rel=1e-5)
+
+
+def test_dry_run(data, student, tmp_path, capsys, monkeypatch):
+    """It prints what there would be to do, and writes nothing."""
+    monkeypatch.chdir(tmp_path)
+    flags = flags_of(student, data, tmp_path / "out", "--epochs", "3")
+    train.main([*flags, "--dry-run"])
+    printed = capsys.readouterr().out
+    assert re.search(r"an epoch: 10 rows, [\d,]+ tokens, [\d,]+ of them learned, 2 steps", printed)
+    assert "padding 0.0%" in printed and re.search(r"6 steps: about [\d.]+ GiB a process and [\d.]+ minutes", printed)
+    assert list(tmp_path.iterdir()) == []
+    train.main(flags)
+    tokens = int(re.search(r"rows, ([\d,]+) tokens", printed)[1].replace(",", ""))
+    assert 0.5 * 3 * tokens < read_json(meta_path(tmp_path / "out"))["spent"]["tokens"] <= 1.05 * 3 * tokens
+    train.main(["--model", "tiny", "--dry-run"])
+    assert "once they have run, --dry-run can count them" in capsys.readouterr().out and not Path("runs").exists()
+
+
+def test_bad_input_gets_a_line_before_any_time_is_spent(data, student, tmp_path, monkeypatch):
+    """Guards against: a traceback, or an error after an hour of sampling or training."""
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("it trained"))
+    monkeypatch.setattr(sample, "main", lambda *_: pytest.fail("it sampled"))
+    out = tmp_path / "out"
+
+    def fails(match, *more, files=data):
+        with pytest.raises(InputError, match=match) as caught:
+            train.main(flags_of(student, files, out, *more))
+        assert "\n" not in str(caught.value) and not out.exists()
+
+    fails("--max-length 5000: the context of .* is 1024", "--max-length", "5000")
+    fails("--balance", "--balance", "1", "1", "2")
+    fails("--shown 3 2", "--shown", "3", "2")
+    fails("--exclude|no such file", "--exclude", str(tmp_path / "nothing"))
+    fails("all of the 6 problems", "--validation", "6")
+    lines = read_jsonl(data[1])
+    for key in ("answer", "refinements", "candidates", "problem"):
+        path = write_rows(tmp_path / "x.jsonl", [lines[0], {k: v for k, v in lines[1].items() if k != key}])
+        fails(f"line 2: no '{key}'", files=(data[0], path))
+    path = write_rows(tmp_path / "x.jsonl", [{**lines[0], "refinements": [{"text": "a", "order": [0, 7]}]}])
+    fails("lacks a text or an order", files=(data[0], path))
+    wrong = write_rows(tmp_path / "x.jsonl", [{**line, "answer": "5555"} for line in lines])
+    fails("no right solution or refinement", files=(wrong, wrong))
+
+    path = write_rows(tmp_path / "y.refined.jsonl", lines)
+    for weights, good in (("0123456789abcdef", False), (m.load(student)[0].fingerprint(torch.bfloat16), True)):
+        meta_path(path).write_text(json.dumps({"candidates_by": weights}))
+        if not good:
+            fails("candidates of another model", files=(data[0], path))
+    monkeypatch.undo()
+    train.main(flags_of(student, (data[0], path), out, "--steps", "2", "--save-every", "1"))
+
+    other = tmp_path / "other"
+    Path(f"{out}.checkpoints").rename(f"{other}.checkpoints")  # of a run with other flags
+    with pytest.raises(InputError, match="step-1: exists, and was made with lr 0.003, not 0.001"):
+        train.main(flags_of(student, (data[0], path), other, "--steps", "2", "--save-every", "1", "--lr", "1e-3"))
+    stranger = make_folder(tmp_path / "stranger", "qwen2", seed=9, max_position_embeddings=1024)
+    with pytest.raises(InputError, match="step-1: exists, and was made with student"):
+        train.main(flags_of(stranger, data, other, "--steps", "2", "--save-every", "1"))
 
 
 def test_missing_data_are_made_and_kept(random_model, tmp_path, monkeypatch, capsys):
@@ -178,6 +552,8 @@ def test_missing_data_are_made_and_kept(random_model, tmp_path, monkeypatch, cap
     assert (
         len(read_jsonl(folder / "teacher.candidates.jsonl")) == len(read_jsonl(folder / "teacher.refined.jsonl")) == 3
     )
+    made = read_json(folder / "teacher.refined.meta.json")
+    assert made["candidates_by"] == m.load(random_model)[0].fingerprint()
     assert capsys.readouterr().out.count("python sample.py --model") == 2
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*.jsonl")}
     with pytest.raises(InputError, match="no right solution"):
@@ -186,9 +562,25 @@ def test_missing_data_are_made_and_kept(random_model, tmp_path, monkeypatch, cap
     assert "complete already" in capsys.readouterr().out
 
 
-def test_training_on_one_task_alone(data, tmp_path, capsys):
+def test_two_processes_make_the_data_and_train(tmp_path):
+    """Guards against: the process group of one stage in the way of the next, a rank that reads too soon."""
+    rows = [{"id": i, "problem": row["problem"], "answer": row["answer"]} for i, row in enumerate(TINY)]
+    write_rows(tmp_path / "problems.jsonl", rows)
+    flags = ["--data", str(tmp_path / "problems.jsonl"), "--n", "2", "--steps", "3", "--batch-size", "4"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, str(ROOT / "train.py"), *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("python sample.py --model") == 2
+    assert len(read_jsonl(tmp_path / "runs" / "tiny" / "trained.metrics.jsonl")) == 3
+
+
+TINY = read_jsonl(ROOT / "tiny" / "train.jsonl")[:16]
+
+
+def test_training_on_one_task_alone(data, student, tmp_path, capsys):
     """And, without --steps, a second run finds the first: the steps taken are not the steps asked for."""
-    student = make_folder(tmp_path / "student", max_position_embeddings=1024)
     flags = ["--model", str(student), "--solve", data[0], "--out", str(tmp_path / "t"), "--epochs", "1"]
     train.main(flags)
     train.main(flags)
@@ -197,29 +589,31 @@ def test_training_on_one_task_alone(data, tmp_path, capsys):
     assert line["loss_refine"] is None and math.isfinite(line["loss_solve"])
 
 
-def test_refined_files_of_the_evaluation_tests_are_valid_training_data(tmp_path, random_model):
-    """One format for all stages: what evaluate.py reads, train.py reads."""
-    path = write_rows(tmp_path / "x.refined.jsonl", [refined_row("a", ["1", "2"], ["1"])])
-    dropped = {"wrong": 0, "cut off": 0, "twice": 0, "too long": 0}
-    assert len(train.refine_rows(path, m.load(random_model)[1], 1024, evaluate.Grader(), dropped)) == 1
+# ------------------------------------------------------------------------------------------------
+# The real model
 
 
-def test_real_model_trains(real_model, problem_files, tmp_path):
-    """A few steps of the real model on SVAMP; the trained folder has the same logits in transformers."""
+def real_rows(problem_files, folder, n):
+    """Solve and refine files of n SVAMP problems, with answers of a few words."""
     solve, refined = [], []
-    for row in read_jsonl(problem_files / "svamp.jsonl")[:8]:
+    for row in read_jsonl(problem_files / "svamp.jsonl")[:n]:
         right, wrong = completion(f"The answer is \\boxed{{{row['answer']}}}."), completion("It is \\boxed{-1}.")
         solve.append({**row, "candidates": [right, wrong]})
         refined.append({**row, "candidates": [right, wrong], "refinements": [{**right, "order": [1, 0]}]})
-    files = ["--solve", write_rows(tmp_path / "s.jsonl", solve), "--refine", write_rows(tmp_path / "r.jsonl", refined)]
-    train.main(["--model", real_model, *files, "--out", str(tmp_path / "t"), "--steps", "4", "--batch-size", "8"])
+    return write_rows(folder / "s.jsonl", solve), write_rows(folder / "r.jsonl", refined)
+
+
+def test_real_model_overfits(real_model, problem_files, tmp_path):
+    """Both tasks of 4 SVAMP problems, 8 rows, are learned by heart: below 0.01; transformers agrees on the result."""
+    files = real_rows(problem_files, tmp_path, 4)
+    flags = ["--batch-size", "8", "--steps", "13", "--lr", "3e-4", "--validation", "0", "--device", "cpu"]
+    flags = ["--model", real_model, "--solve", files[0], "--refine", files[1], *flags]
+    train.main([*flags, "--out", str(tmp_path / "t")])
     lines = read_jsonl(tmp_path / "t.metrics.jsonl")
-    assert lines[-1]["loss_solve"] < lines[0]["loss_solve"] and lines[-1]["loss_refine"] < lines[0]["loss_refine"]
+    assert lines[-1]["loss_solve"] < 0.01 and lines[-1]["loss_refine"] < 0.01 < lines[0]["loss_solve"]
     model, tokenizer = m.load(tmp_path / "t")
     ids = torch.tensor([tokenizer.encode_chat("What is 2 + 2?")[1]])
     with torch.no_grad():
         ours, reference = model.logits(model(ids)), theirs(tmp_path / "t")(ids).logits
-        before, _ = m.load(real_model)
-        assert (ours - before.logits(before(ids))).abs().max() > 0.05  # what was learned was not rounded away
     # Rounding: logits of up to 30 have been seen to differ by 1.3e-4, a hundred of two million.
     torch.testing.assert_close(ours, reference, atol=5e-4, rtol=0)
