@@ -261,12 +261,12 @@ def test_sampled_frequencies_follow_the_distribution():
     logits = torch.tensor([[0.0, 2.0, 1.0, -1.0, -math.inf]])
     u = torch.from_numpy(m.uniforms(("frequencies",), 20000))
     for filters in ({}, {"top_k": 5}):
-        drawn, logprob = m.sample_token(logits.repeat(20000, 1), u, m.SamplingParams(**filters))
+        drawn, logprob, certainty = m.sample_token(logits.repeat(20000, 1), u, m.SamplingParams(**filters))
         torch.testing.assert_close(logprob, logits[0].log_softmax(-1)[drawn])
         counts = torch.bincount(drawn, minlength=5) / 20000
         torch.testing.assert_close(counts, logits[0].softmax(-1), atol=0.015, rtol=0)
     # The largest number below 1 and an exact 0 draw possible tokens, not one beyond the end.
-    edge, _ = m.sample_token(logits.repeat(2, 1), torch.tensor([0.0, 1 - 2**-24]), m.SamplingParams())
+    edge, *_ = m.sample_token(logits.repeat(2, 1), torch.tensor([0.0, 1 - 2**-24]), m.SamplingParams())
     assert edge.tolist() == [0, 3]
 
 

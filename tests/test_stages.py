@@ -48,11 +48,13 @@ def test_files_hold_what_the_contract_says(candidates, random_model):
     rows = read_jsonl(candidates)
     assert [row["id"] for row in rows] == [f"p{i}" for i in range(7)]
     for row in rows:
-        assert list(row) == ["id", "problem", "answer", "level", "prompt", "candidates"]  # unknown keys are kept
+        # `level` is unknown, and kept
+        assert list(row) == ["id", "problem", "answer", "level", "prompt", "n_prompt_tokens", "candidates"]
         assert row["problem"] in row["prompt"] and row["prompt"].endswith("<|im_start|>assistant\n")
         assert len(row["candidates"]) == 4
         for c in row["candidates"]:
-            assert list(c) == ["text", "n_tokens", "logprob", "finish_reason"]
+            assert list(c) == ["text", "n_tokens", "logprob", "self_certainty", "finish_reason"]
+            assert c["self_certainty"] > 0
             assert 1 <= c["n_tokens"] <= 24 and c["logprob"] < 0 and c["finish_reason"] in ("stop", "length")
     meta = read_json(evaluate.meta_path(candidates))
     assert meta["complete"] and meta["sampling"]["max_new_tokens"] == 24  # from the generation config
@@ -64,7 +66,7 @@ def test_files_hold_what_the_contract_says(candidates, random_model):
     for row, before in zip(refined, rows):
         assert {**before, "refinements": row["refinements"]} == row and len(row["refinements"]) == 2
         for r in row["refinements"]:
-            assert list(r) == ["text", "n_tokens", "logprob", "finish_reason", "order", "prompt"]
+            assert list(r) == [*c, "order", "prompt", "n_prompt_tokens"]
             texts = [evaluate.strip_thinking(before["candidates"][i]["text"]) for i in r["order"]]
             shown = [r["prompt"].index(text) for text in texts]
             assert shown == sorted(shown)  # `order` is the order in the prompt
@@ -88,8 +90,8 @@ def test_samples_do_not_depend_on_batches(candidates, random_model, tmp_path):
 def without_last_digits(path):
     """The rows of an output; log-probabilities to one decimal: their last digits follow the batch's rounding."""
     return re.sub(
-        r'"logprob": (-[0-9.]+)',
-        lambda m: f'"logprob": {float(m[1]) + 1e-5:.1f}',
+        r'"(logprob|self_certainty)": (-?[0-9.]+)',
+        lambda m: f'"{m[1]}": {float(m[2]) + 1e-5:.1f}',
         Path(path).read_text(encoding="utf-8"),
     )
 
