@@ -241,6 +241,8 @@ def by_form(gold, answer):
     """True or False where the form of two tidy answers decides whether they are equal, None where algebra must."""
     if gold == answer:
         return True
+    if max(len(gold), len(answer)) > 2000:  # babble, and a strain on all that follows
+        return False
     a, b = plain_number(gold), plain_number(answer)
     if a is not None and b is not None:
         return a == b
@@ -252,7 +254,7 @@ def by_form(gold, answer):
     if all(len(numbers) > 1 and None not in numbers for numbers in lists):
         return sorted(lists[0]) == sorted(lists[1])
     # math-verify reads 52_8 as 52 and cm^3 as cm^2: the base and the power must be the same where both have one.
-    for mark in (r"\d\s*_\s*\{?(\d+)\}?", r".*" + TEXT + r"\s*\{[^{}]*\}\s*\^\s*\{?(\d)\}?"):
+    for mark in (r"\d\s*_\s*\{?(\d+)\}?", TEXT + r"\s*\{[^{}]*\}\s*\^\s*\{?(\d)\}?"):
         ends = [re.search(mark + r"$", text) for text in (gold, answer)]
         if all(ends) and ends[0][1] != ends[1][1]:
             return False
@@ -315,11 +317,12 @@ class Grader:
         while todo or busy:
             while todo and len(busy) < (os.cpu_count() or 1):
                 worker, pair = self.workers.pop() if self.workers else self.start(), todo.popleft()
-                busy[worker.stdout.fileno()] = worker, pair
                 try:
                     worker.stdin.write(json.dumps(pair).encode() + b"\n")
-                except BrokenPipeError:
-                    pass  # it died; its end of the other pipe says so too
+                    busy[worker.stdout.fileno()] = worker, pair
+                except BrokenPipeError:  # it died before it saw this pair
+                    self.stop(worker)
+                    todo.appendleft(pair)
             for descriptor in select.select(list(busy), [], [])[0]:
                 worker, pair = busy.pop(descriptor)
                 reply = worker.stdout.readline()
@@ -391,13 +394,10 @@ def grading_worker(limit):
 # Voting
 
 
-def wrong_classes(answers):
-    """The texts to compare among wrong answers: one for each number and each text, in an order of their own."""
-    distinct = {}
-    for answer in sorted({tidy(a) for a in answers}):
-        number = plain_number(answer)
-        distinct.setdefault(answer if number is None else number, answer)
-    return list(distinct.values())
+def canonical(answer):
+    """What stands for an answer and for those that are plainly equal to it: an exact number or a tidy text."""
+    number = plain_number(answer)
+    return tidy(answer) if number is None else number
 
 
 def classes(gold, answers, grader, more=()):
@@ -407,28 +407,18 @@ def classes(gold, answers, grader, more=()):
     class, so that neither the order of the candidates nor an equality that is not quite transitive changes
     the outcome. `more`: answers (of refinements) that are numbered after these, and do not change their classes.
     """
-    number, members = {None: -1}, []
-    for group in (answers, more):
-        new = {a for a in group if a not in number}
-        number.update({a: 0 for a in new if grader.equal(gold, a)})
-        keys = {}
-        for text in wrong_classes(new - number.keys()):
-            exact = plain_number(text)
-            for i, member in enumerate(members):
-                if exact is not None and plain_number(member) is not None:
-                    same = exact == plain_number(member)
-                else:
-                    same = grader.equal(member, text) or grader.equal(text, member)
-                if same:
-                    keys[text if exact is None else exact] = i + 1
-                    break
-            else:
-                members.append(text)
-                keys[text if exact is None else exact] = len(members)
-        for a in new - number.keys():
-            exact = plain_number(a)
-            number[a] = keys[tidy(a) if exact is None else exact]
-    return [number[a] for a in [*answers, *more]]
+    number, members = {}, []
+    for answer in itertools.chain(*(sorted(set(group) - {None}) for group in (answers, more))):
+        if (key := canonical(answer)) in number:
+            continue
+        if grader.equal(gold, answer):
+            number[key] = 0
+            continue
+        same = (i for i, m in enumerate(members, 1) if grader.equal(m, answer) or grader.equal(answer, m))
+        number[key] = next(same, len(members) + 1)
+        if number[key] > len(members):
+            members.append(answer)
+    return [-1 if a is None else number[canonical(a)] for a in (*answers, *more)]
 
 
 def class_sums(votes, weights):
@@ -580,25 +570,23 @@ def spearman(x, y):
 
 @dataclass
 class Outcomes:
-    """What is known of the answers of S files (seeds) about the same P problems, N candidates and K refinements."""
+    """What counts about the answers of S files (seeds) to the same P problems, N candidates and K refinements each.
+
+    A number that a file does not have is nan.
+    """
 
     votes: np.ndarray  # [S, P, N] classes of equal answers: 0 right, -1 none
     refined: np.ndarray  # [S, P, K] in the same classes
     tokens: np.ndarray  # [S, P, N] generated
-    refined_tokens: np.ndarray  # [S, P, K]
-    prompt_tokens: np.ndarray  # [S, P, 1], nan where the file does not say
-    refined_prompt_tokens: np.ndarray  # [S, P, K]
-    cut: np.ndarray  # [S, P, N] ended by the length limit, nan where the file does not say
-    refined_cut: np.ndarray  # [S, P, K]
-    logprob: np.ndarray  # [S, P, N] of the whole sequence
+    logprob: np.ndarray  # [S, P, N] of the whole candidate
     certainty: np.ndarray  # [S, P, N]
     score: np.ndarray  # [S, P, N]
+    cut: np.ndarray  # [S, P, N] ended by the length limit
+    prompt_tokens: np.ndarray  # [S, P, 1]
+    refined_tokens: np.ndarray  # [S, P, K]
+    refined_cut: np.ndarray  # [S, P, K]
+    refined_prompt_tokens: np.ndarray  # [S, P, K]
     order: np.ndarray  # [S, P, K, N]: which candidate stood at which place of the prompt, -1 for none
-
-
-# field of Outcomes -> the key of the file that it holds, in candidates or in refinements
-CANDIDATE_KEYS = {"tokens": "n_tokens", "logprob": "logprob", "certainty": "self_certainty", "score": "score"}
-REFINEMENT_KEYS = {"refined_tokens": "n_tokens", "refined_prompt_tokens": "n_prompt_tokens"}
 
 
 def read_refined(path):
@@ -610,39 +598,45 @@ def read_refined(path):
     problems, skipped, sizes = {}, 0, None
     for row in each_row(path, keys=("id", "problem", "answer", "candidates", "refinements")):
         for key in ("candidates", "refinements"):
-            items = row[key]
-            if (
-                not isinstance(items, list)
-                or not items
-                or not all(
-                    isinstance(x, dict) and isinstance(x.get("text"), str) and isinstance(x.get("n_tokens"), int)
-                    for x in items
-                )
-            ):
+            known = (isinstance(x, dict) and isinstance(x.get("text"), str) and x.get("n_tokens") for x in row[key])
+            if not row[key] or not all(known):
                 raise InputError(f"{path}, id {row['id']!r}: its {key!r} are empty or lack text and n_tokens")
         candidates, refinements = row["candidates"], row["refinements"]
-        sizes = sizes or (len(candidates), len(refinements))
-        if (len(candidates), len(refinements)) != sizes:
+        size = f"{len(candidates)} candidates and {len(refinements)} refinements"
+        if (sizes := sizes or size) != size:
             raise InputError(
-                f"{path}, id {row['id']!r}: {len(candidates)} candidates and {len(refinements)} refinements, but "
-                f"{sizes[0]} and {sizes[1]} in the first row; pass@k and maj@k need the same numbers for all"
+                f"{path}, id {row['id']!r}: {size}, but {sizes} in the first row; "
+                "pass@k and maj@k need the same numbers for all"
             )
         if row["answer"] is None:
             skipped += 1
             continue
-        problem = problems[str(row["id"])] = {"answer": str(row["answer"])}
-        problem["answers"] = [answer_of(c, row.get("prompt", "")) for c in candidates]
-        problem["refined"] = [answer_of(r, r.get("prompt", "")) for r in refinements]
-        for field, key in CANDIDATE_KEYS.items():
-            problem[field] = np.array([c.get(key) for c in candidates], dtype=float)  # None becomes nan
-        for field, key in REFINEMENT_KEYS.items():
-            problem[field] = np.array([r.get(key) for r in refinements], dtype=float)
-        problem["prompt_tokens"] = np.array([row.get("n_prompt_tokens")], dtype=float)
-        for field, items in (("cut", candidates), ("refined_cut", refinements)):
-            reasons = [x.get("finish_reason") for x in items]
-            problem[field] = np.array([None if x is None else x == "length" for x in reasons], dtype=float)
-        orders = [r.get("order", [])[: len(candidates)] for r in refinements]
-        problem["order"] = np.array([order + [-1] * (len(candidates) - len(order)) for order in orders], dtype=np.int16)
+
+        def numbers(items, key):
+            return np.array([item.get(key) for item in items], dtype=float)  # None becomes nan
+
+        def cut(items):
+            return np.array([{"length": 1, "stop": 0}.get(item.get("finish_reason")) for item in items], dtype=float)
+
+        order = np.full((len(refinements), len(candidates)), -1, dtype=np.int16)
+        for shown, refinement in zip(order, refinements):
+            places = refinement.get("order", [])[: len(candidates)]
+            shown[: len(places)] = places
+        problems[str(row["id"])] = {
+            "answer": str(row["answer"]),
+            "answers": [answer_of(c, row.get("prompt", "")) for c in candidates],
+            "refinements": [answer_of(r, r.get("prompt", "")) for r in refinements],
+            "tokens": numbers(candidates, "n_tokens"),
+            "logprob": numbers(candidates, "logprob"),
+            "certainty": numbers(candidates, "self_certainty"),
+            "score": numbers(candidates, "score"),
+            "cut": cut(candidates),
+            "prompt_tokens": numbers([row], "n_prompt_tokens"),
+            "refined_tokens": numbers(refinements, "n_tokens"),
+            "refined_cut": cut(refinements),
+            "refined_prompt_tokens": numbers(refinements, "n_prompt_tokens"),
+            "order": order,
+        }
     if skipped:
         print(f"{path}: {skipped} of {skipped + len(problems)} problems have no answer to grade against, left out")
     if not problems:
@@ -650,229 +644,218 @@ def read_refined(path):
     return problems
 
 
-def read_meta(path):
-    """What the record beside a refined file says: model, parameters, and seconds a problem of both stages."""
-    meta = read_json(meta_path(path)) if meta_path(path).exists() else {}
-    if not meta.get("complete", True):
-        print(f"{path}: not complete yet; run the command that makes it again for the whole")
-    found = {"model": meta.get("model"), "parameters": meta.get("parameters"), "refine_seconds": meta.get("seconds")}
-    sampled = meta_path(meta["data"]) if meta.get("data") else Path("-")
-    found["sample_seconds"] = read_json(sampled).get("seconds") if sampled.exists() else None
-    return found
+def check_same_problems(files):
+    """InputError unless the files of one row, a list of (path, what read_refined gave), can be averaged over."""
+    (first_path, first), *others = files
+    for path, problems in others:
+        for identity in problems.keys() ^ first.keys():
+            raise InputError(f"{path}: id {identity!r} is not in both this file and {first_path}; one row needs both")
+        for identity, problem in problems.items():
+            if any(len(problem[key]) != len(first[identity][key]) for key in ("answers", "refinements")):
+                raise InputError(f"{path}, id {identity!r}: more or fewer candidates or refinements than {first_path}")
+            if problem["answer"] != first[identity]["answer"]:
+                raise InputError(f"{path}, id {identity!r}: another right answer than in {first_path}")
 
 
 def grade_files(files, grader, progress=None):
-    """Several files about the same problems: a list of (path, what read_refined gave) -> Outcomes."""
-    first_path, first = files[0]
-    shapes = [(path, len(p["answers"]), len(p["refined"])) for path, ps in files for p in list(ps.values())[:1]]
-    for (path, problems), (_, *shape) in zip(files, shapes):
-        if shape != list(shapes[0][1:]):
-            raise InputError(f"{path}: {shape[0]} candidates and {shape[1]} refinements, {first_path} has others")
-        for identity in problems.keys() ^ first.keys():
-            raise InputError(f"{path}: id {identity!r} is not in both this file and {first_path}; one row needs both")
-        for identity in first:
-            if problems[identity]["answer"] != first[identity]["answer"]:
-                raise InputError(f"{path}, id {identity!r}: another right answer than in {first_path}")
-
-    # Math-verify is asked in two rounds, so that its processes have all there is to do at once: which answers are
+    """Several files about the same problems: a list of what read_refined gave -> Outcomes."""
+    first, found = files[0], {}
+    for i in first:
+        both = ([a for problems in files for a in problems[i][key]] for key in ("answers", "refinements"))
+        found[i] = (first[i]["answer"], *both)
+    # math-verify is asked in two rounds, so that its processes have all there is to do at once: which answers are
     # right, and which of the wrong ones are the same.
-    everything = {i: [a for _, ps in files for a in ps[i]["answers"] + ps[i]["refined"]] for i in first}
-    distinct = {i: {a for a in answers if a is not None} for i, answers in everything.items()}
-    grader.grade([(first[i]["answer"], a) for i in first for a in distinct[i]], progress)
-    pairs = []
-    for i in first:
-        wrong = wrong_classes(a for a in distinct[i] if not grader.equal(first[i]["answer"], a))
-        pairs += itertools.permutations(wrong, 2) if any(plain_number(a) is None for a in wrong) else []
-    grader.grade(pairs, progress)
+    distinct = {
+        i: {canonical(a): a for a in answers + more if a is not None} for i, (_, answers, more) in found.items()
+    }
+    grader.grade([(found[i][0], a) for i in first for a in distinct[i].values()], progress)
+    wrong = [[a for a in distinct[i].values() if not grader.equal(found[i][0], a)] for i in first]
+    grader.grade((pair for some in wrong for pair in itertools.permutations(some, 2)), progress)
 
-    votes, refined = [], []
-    for i in first:
-        candidates = [a for _, ps in files for a in ps[i]["answers"]]
-        number = classes(first[i]["answer"], candidates, grader, [a for _, ps in files for a in ps[i]["refined"]])
-        votes.append(np.reshape(number[: len(candidates)], (len(files), -1)))
-        refined.append(np.reshape(number[len(candidates) :], (len(files), -1)))
+    S, N, number = len(files), len(found[next(iter(first))][1]), []
+    for gold, answers, more in found.values():
+        number.append(classes(gold, answers, grader, more))
+    number = np.array(number, dtype=np.int16)  # [P, S * N + S * K]
+    votes, refined = (part.reshape(len(first), S, -1).swapaxes(0, 1) for part in np.split(number, [N], 1))
     arrays = {
-        field.name: np.stack([np.stack([problems[i][field.name] for i in first]) for _, problems in files])
+        field.name: np.stack([np.stack([problems[i][field.name] for i in first]) for problems in files])
         for field in dataclasses.fields(Outcomes)[2:]
     }
-    return Outcomes(votes=np.stack(votes, 1), refined=np.stack(refined, 1), **arrays)
+    return Outcomes(votes=votes, refined=refined, **arrays)
 
 
 def methods_of(x):
-    """Outcomes -> {method: (credit [S, P], tokens generated for it [S, P])}. See the docstring of this file."""
-    S, P, N = x.votes.shape
-    K = x.refined.shape[2]
-    credits, generated, refining = {}, x.tokens.sum(2), x.refined_tokens.sum(2)
+    """Outcomes -> {method: (credit [S, P], tokens generated for it [S, P])}; this file's docstring explains them."""
+    (S, P, N), K = x.votes.shape, x.refined.shape[2]
 
-    def rows(values):  # [S, P, ...] -> [S * P, ...]
+    def rows(values):  # [S, P, n] -> [S * P, n]
         return values.reshape(S * P, -1)
 
-    votes, refined = rows(x.votes), rows(x.refined)
-    credits["pass@1"] = (votes == 0).mean(1), generated / N
-    credits[f"maj@{N}"] = vote(votes), generated
-    logprob, certainty, score = rows(x.logprob), rows(x.certainty), rows(x.score)
+    votes, refined, logprob = rows(x.votes), rows(x.refined), rows(x.logprob)
+    candidates, refining = x.tokens.sum(2), x.refined_tokens.sum(2)
+    found = {"pass@1": ((votes == 0).mean(1), candidates / N), "maj@N": (vote(votes), candidates)}
     if np.isfinite(logprob).all():
-        credits[f"weighted@{N}"] = vote(votes, np.exp(logprob - logprob.max(1, keepdims=True))), generated
-        credits[f"logprob@{N}"] = best(votes, logprob / rows(x.tokens)), generated
-    if np.isfinite(certainty).all():
-        credits[f"certainty@{N}"] = vote(votes, borda(certainty)), generated
-    if np.isfinite(score).all():
-        credits[f"score@{N}"] = best(votes, score), generated
-    credits["refined"] = (refined == 0).mean(1), generated + refining / K
+        found["weighted"] = vote(votes, np.exp(logprob - logprob.max(1, keepdims=True))), candidates
+        found["logprob"] = best(votes, logprob / rows(x.tokens)), candidates
+    if np.isfinite(x.certainty).all():
+        found["certainty"] = vote(votes, borda(rows(x.certainty))), candidates
+    if np.isfinite(x.score).all():
+        found["score"] = best(votes, rows(x.score)), candidates
+    found["refined"] = (refined == 0).mean(1), candidates + refining / K
     if K > 1:
-        credits[f"refmaj@{K}"] = vote(refined), generated + refining
-    credits[f"union@{N + K}"] = vote(np.concatenate([votes, refined], 1)), generated + refining
-    credits[f"pass@{N}"] = (votes == 0).any(1).astype(float), generated
-    return {name: (credit.reshape(S, P), tokens) for name, (credit, tokens) in credits.items()}
+        found["refmaj"] = vote(refined), candidates + refining
+    found["union"] = vote(np.concatenate([votes, refined], 1)), candidates + refining
+    found["pass@N"] = (votes == 0).any(1).astype(float), candidates
+    return {method: (credit.reshape(S, P), tokens) for method, (credit, tokens) in found.items()}
 
 
 def equal_cost(x, refined, maj_at_k):
-    """The vote of so many candidates as cost what N candidates and one refinement do.
+    """The vote of so many candidates, k, as cost the same as N candidates and one refinement.
 
-    Counted in generated tokens, and together with the prompts, each read once for all of its samples. With
-    one file there are only N candidates: the vote of more is then continued in a line from the last two steps
-    of maj@k, which errs for the vote, as the curve flattens. Several files have the candidates that it takes.
+    Counted in generated tokens, and together with prompts, each of which is read once for all its samples. Where
+    maj_at_k [M] ends before k, it is continued in a line through its last steps, up to 2 M: the curve flattens,
+    so that errs for the vote. With several seeds M is the number of all their candidates, and nothing is guessed.
     """
-    N, found = x.votes.shape[2], {}
-    prompts = x.refined_prompt_tokens.mean()
-    for name, more in (("generated", x.refined_tokens.mean()), ("with_prompts", x.refined_tokens.mean() + prompts)):
-        k = N + more / x.tokens.mean()
-        if not np.isfinite(k):
-            found[name] = None
+    there, found = len(maj_at_k), {}
+    more = x.refined_tokens.mean()
+    for name, cost in (("generated", more), ("with_prompts", more + x.refined_prompt_tokens.mean())):
+        k = x.votes.shape[2] + cost / x.tokens.mean()
+        if not k <= 2 * there:  # too far, or unknown
+            found[name] = {"k": float(k) if np.isfinite(k) else None, "maj": None, "gap": None, "extrapolated": True}
             continue
-        there = len(maj_at_k)
-        if k <= there:
-            maj = np.interp(k, np.arange(1, there + 1), maj_at_k)
-        else:
-            slope = max(0.0, (maj_at_k[-1] - maj_at_k[max(0, there - 3)]) / min(2, there - 1)) if there > 1 else 0.0
-            maj = min(1.0, maj_at_k[-1] + slope * (k - there))
+        slope = max(0.0, maj_at_k[-1] - maj_at_k[max(0, there - 3)]) / 2  # two steps: a vote of 2m is one of 2m - 1
+        maj = min(1.0, np.interp(k, np.arange(1, there + 1), maj_at_k) + slope * max(0.0, k - there))
         found[name] = {"k": float(k), "maj": float(maj), "gap": float(refined - maj), "extrapolated": bool(k > there)}
     return found
 
 
 def order_sensitivity(x):
-    """Does the refined answer depend on the order of the candidates? None with one refinement a problem.
+    """Does the refined answer depend on the order of the candidates? -> dict for report.json
 
-    `changed`: of two refinements of a problem in different orders, how often their answers differ. `at_place`:
-    where some candidates are right and some wrong, the refined accuracy if the one at that place is right
-    (orders are drawn, so the places are comparable), and over how many refinements.
+    `changed`: of two refinements of a problem in different orders, how often their answers differ (None where
+    there are no such pairs). `at_place`: where some candidates are right and some wrong, the refined accuracy if
+    the one at that place is right, and over how many refinements; orders are drawn, so places are comparable.
     """
-    S, P, K = x.refined.shape
-    N = x.votes.shape[2]
-    right = np.take_along_axis(np.broadcast_to((x.votes == 0)[:, :, None], x.order.shape), x.order.clip(0), 3)
-    shown = (x.order >= 0).all(3) & ~right.all(3) & right.any(3)  # [S, P, K]
-    refined = x.refined == 0
-    at_place = []
-    for place in range(N):
-        chosen = refined[shown & right[..., place]]
-        at_place.append([float(chosen.mean()) if len(chosen) else None, len(chosen)])
-    pairs = list(itertools.combinations(range(K), 2))
-    other = [(x.order[:, :, a] != x.order[:, :, b]).any(2) for a, b in pairs]  # [S, P] each
-    differ = [x.refined[:, :, a] != x.refined[:, :, b] for a, b in pairs]
-    total = int(np.sum(other))
+    N, K = x.order.shape[3], x.order.shape[2]
+    first, second = (list(part) for part in np.triu_indices(K, 1))
+    other = (x.order[:, :, first] != x.order[:, :, second]).any(3)  # [S, P, pairs]
+    differ = x.refined[:, :, first] != x.refined[:, :, second]
+    right = np.broadcast_to((x.votes == 0)[:, :, None], x.order.shape)
+    right = np.take_along_axis(right, x.order.clip(0).astype(int), 3)  # [S, P, K, N] by place
+    mixed = (x.order >= 0).all(3) & ~right.all(3)  # [S, P, K]
+    chosen = [(x.refined == 0)[mixed & right[..., place]] for place in range(N)]
     return {
-        "changed": float(np.sum(np.logical_and(other, differ)) / total) if total else None,
-        "pairs": total,
-        "at_place": at_place,
+        "changed": float(differ[other].mean()) if other.any() else None,
+        "pairs": int(other.sum()),
+        "at_place": [[float(r.mean()) if len(r) else None, len(r)] for r in chosen],
     }
 
 
 def by_correct(x, maj, refined):
     """By the number of right candidates: problems, accuracy of vote and refinement; and what became of them."""
-    right = (x.votes == 0).sum(2).ravel()
-    maj, refined = maj.ravel(), refined.ravel()
-    lines = []
-    for c in range(x.votes.shape[2] + 1):
-        at = right == c
-        mean = (float(maj[at].mean()), float(refined[at].mean())) if at.any() else (None, None)
-        lines.append({"correct": c, "problems": int(at.sum()), "maj": mean[0], "refined": mean[1]})
+    right, maj, refined = (x.votes == 0).sum(2).ravel(), maj.ravel(), refined.ravel()
+
+    def mean(values):
+        return float(values.mean()) if len(values) else None
 
     def count(values, at):
-        return [round(float(values[at].sum()), 6), int(at.sum())]
+        total = round(float(values[at].sum()), 6)
+        return [int(total) if total.is_integer() else total, int(at.sum())]
 
-    rescued = {
+    numbers = range(x.votes.shape[2] + 1)
+    lines = [
+        {
+            "correct": c,
+            "problems": int((right == c).sum()),
+            "maj": mean(maj[right == c]),
+            "refined": mean(refined[right == c]),
+        }
+        for c in numbers
+    ]
+    return lines, {
         "all_wrong": count(refined, right == 0),
         "minority_right": count(refined, (right > 0) & (maj == 0)),
         "tied": count(refined, (maj > 0) & (maj < 1)),
         "majority_right_broken": count(1 - refined, maj == 1),
     }
-    return lines, rescued
 
 
-def report_row(name, x, metas=({},)):
-    """All statistics of one row -> (a dict for report.json, bootstrap draws for the figures)."""
-    S, P, N = x.votes.shape
-    K = x.refined.shape[2]
+def read_meta(path):
+    """What the record beside a refined file says: model, parameters, and seconds of both stages."""
+    meta = read_json(meta_path(path)) if meta_path(path).exists() else {}
+    if not meta.get("complete", True):
+        print(f"{path}: not complete yet; run the command that makes it again for the whole")
+    sampled = meta_path(meta.get("data") or "-")
+    before = read_json(sampled) if sampled.exists() else {}
+    return {
+        **{key: meta.get(key) for key in ("model", "parameters")},
+        "seconds": (before.get("seconds"), meta.get("seconds")),
+    }
+
+
+def report_row(name, x, metas):
+    """All statistics of one row, for report.json; `metas` are the read_meta of its files."""
+    (S, P, N), K = x.votes.shape, x.refined.shape[2]
     methods = methods_of(x)
     credit = {method: values.mean(0) for method, (values, _) in methods.items()}  # [P] each, over seeds
-    names = list(credit)
-    draws = bootstrap(np.stack([credit[method] for method in names], 1))  # [draws, M]
-    maj, refined = credit[f"maj@{N}"], credit["refined"]
-    maj_draws, refined_draws = draws[:, names.index(f"maj@{N}")], draws[:, names.index("refined")]
-    points = float((refined - maj).mean())
-    better, worse, p = mcnemar(refined - maj)
-    seeds = (methods["refined"][0] - methods[f"maj@{N}"][0]).mean(1)  # [S]
+    draws = dict(zip(credit, bootstrap(np.stack(list(credit.values()), 1)).T))  # [draws] each
+    refined, maj, gap = credit["refined"], credit["maj@N"], credit["refined"] - credit["maj@N"]
+    better, worse, p = mcnemar(gap)
+    of_seeds = (methods["refined"][0] - methods["maj@N"][0]).mean(1)  # [S]
     with np.errstate(divide="ignore", invalid="ignore"):
-        relative = (refined_draws - maj_draws) / maj_draws
+        relative = (draws["refined"] - draws["maj@N"]) / draws["maj@N"]
 
     votes = x.votes.reshape(S * P, N)
-    pass_at = pass_at_k(N, (votes == 0).sum(1)).mean(0)
-    pool = np.moveaxis(x.votes, 0, 1).reshape(P, S * N)  # the candidates of all seeds
-    maj_at = majority_at_k(votes).mean(0)
-    maj_of_pool = maj_at if S == 1 else majority_at_k(pool).mean(0)
-    lines, rescued = by_correct(x, methods[f"maj@{N}"][0], methods["refined"][0])
+    pass_at, maj_at = (at.mean(0) for at in (pass_at_k(N, (votes == 0).sum(1)), majority_at_k(votes)))  # [N]
+    pool = x.votes.swapaxes(0, 1).reshape(P, S * N)  # the candidates of all seeds
+    lines, rescued = by_correct(x, methods["maj@N"][0], methods["refined"][0])
 
     def mean(values):  # None for what the file does not say
         return float(values.mean()) if np.isfinite(values).all() else None
 
-    def seconds(key):
-        known = [meta.get(key) for meta in metas]
+    def seconds(stage):
+        known = [meta["seconds"][stage] for meta in metas]
         return None if None in known else sum(known) / (S * P)
 
-    row = {
+    return {
         "name": name,
+        "model": metas[0]["model"],
+        "parameters": metas[0]["parameters"],
         "problems": P,
         "n": N,
         "k": K,
         "seeds": S,
-        "model": metas[0].get("model"),
-        "parameters": metas[0].get("parameters"),
         **{f"pass@{k}": float(value) for k, value in enumerate(pass_at, 1)},
         **{f"maj@{k}": float(value) for k, value in enumerate(maj_at, 1)},
         "refined": float(refined.mean()),
         "gap": {
-            "points": points,
-            "relative": points / float(maj.mean()) if maj.any() else None,
-            "ci95": interval(refined_draws - maj_draws),
+            "points": float(gap.mean()),
+            "relative": float(gap.mean() / maj.mean()) if maj.any() else None,
+            "ci95": interval(draws["refined"] - draws["maj@N"]),
             "relative_ci95": interval(relative),
             "mcnemar": {"better": better, "worse": worse, "p": p},
-            "seed_se": float(seeds.std(ddof=1) / math.sqrt(S)) if S > 1 else None,
+            "seed_se": float(of_seeds.std(ddof=1) / math.sqrt(S)) if S > 1 else None,
         },
         "methods": {
-            method: {
-                "accuracy": float(credit[method].mean()),
-                "ci95": interval(draws[:, i]),
-                "tokens": float(methods[method][1].mean()),
-            }
-            for i, method in enumerate(names)
+            method: {"accuracy": mean(values), "ci95": interval(draws[method]), "tokens": mean(tokens)}
+            for method, (values, tokens) in methods.items()
         },
-        "equal_cost": equal_cost(x, float(refined.mean()), maj_of_pool),
+        "equal_cost": equal_cost(x, float(refined.mean()), majority_at_k(pool).mean(0) if S > 1 else maj_at),
         "by_correct": lines,
         "rescued": rescued,
-        "order": order_sensitivity(x) if K > 1 else None,
+        "order": order_sensitivity(x),
         "unanimous": float(((votes == votes[:, :1]).all(1) & (votes[:, 0] >= 0)).mean()),
-        "answered": {"candidates": float((x.votes >= 0).mean()), "refinements": float((x.refined >= 0).mean())},
+        "answered": {"candidates": mean(x.votes >= 0), "refinements": mean(x.refined >= 0)},
         "cut_off": {"candidates": mean(x.cut), "refinements": mean(x.refined_cut)},
-        "length": {"candidate": mean(x.tokens), "refinement": mean(x.refined_tokens)},
+        "length": {"candidates": mean(x.tokens), "refinements": mean(x.refined_tokens)},
         "tokens": {
             "candidates": mean(x.tokens.sum(2)),
             "refinement": mean(x.refined_tokens.sum(2)),
             "prompt": mean(x.prompt_tokens),
             "refinement_prompt": mean(x.refined_prompt_tokens.sum(2)),
         },
-        "seconds": {"candidates": seconds("sample_seconds"), "refinement": seconds("refine_seconds")},
+        "seconds": {"candidates": seconds(0), "refinement": seconds(1)},
     }
-    return row
 
 
 def scaling(rows):
@@ -891,97 +874,67 @@ def scaling(rows):
 # The report
 
 
-def percent(value, digits=1):
-    return "-" if value is None else f"{100 * value:.{digits}f}%"
+def percent(value):
+    return "-" if value is None else f"{100 * value:.1f}%"
 
 
-def points(value, ci=None):
-    text = f"{100 * value:+.1f}"
-    return text if ci is None else f"{text} [{100 * ci[0]:+.1f}, {100 * ci[1]:+.1f}]"
+def shorten(name, width):
+    """A name without its middle where it is too long: names of one family differ at their ends."""
+    return name if len(name) <= width else f"{name[: width // 2 - 1]}…{name[len(name) - (width - width // 2) :]}"
+
+
+def pair(values, layout="{:,.0f}", between=" + "):
+    return "-" if None in values.values() else between.join(layout.format(value) for value in values.values())
 
 
 def tables(rows):
     """The rows as tables: a list of (title, head, lines, note)."""
-    same = len({(row["n"], row["k"]) for row in rows}) == 1
-    n, k = rows[0]["n"], rows[0]["k"]
-
-    def general(method):  # rows with different N share a column
-        kind = method.partition("@")[0]
-        size = {"pass": "N", "union": "N+K", "refmaj": "K"}.get(kind, "N")
-        return method if same or "@" not in method or method == "pass@1" else f"{kind}@{size}"
-
-    columns = list(dict.fromkeys(general(method) for row in rows for method in row["methods"]))
-    columns.append(columns.pop(columns.index(general(f"pass@{n}"))))
-    accuracy = []
+    columns = [method for method in STYLES if any(method in row["methods"] for row in rows)]
+    seeds = any(row["seeds"] > 1 for row in rows)
+    accuracy, gap, became, cost = [], [], [], []
     for row in rows:
-        found = {general(method): percent(value["accuracy"]) for method, value in row["methods"].items()}
-        accuracy.append([row["name"], str(row["problems"]), *(found.get(column, "-") for column in columns)])
-
-    gap = []
-    for row in rows:
-        g, (cost, whole) = row["gap"], (row["equal_cost"][key] for key in ("generated", "with_prompts"))
-
-        def at(cost):
-            return "-" if cost is None else f"{'~' * cost['extrapolated']}{percent(cost['maj'])} @{cost['k']:.1f}"
-
-        test = g["mcnemar"]
-        gap.append(
-            [row["name"], points(g["points"], g["ci95"]), "-" if g["relative"] is None else points(g["relative"]) + "%"]
-        )
-        gap[-1] += [f"{test['p']:.2g} ({test['better']}:{test['worse']})"]
-        gap[-1] += (
-            ["-" if g["seed_se"] is None else f"{100 * g['seed_se']:.1f}"] if any(r["seeds"] > 1 for r in rows) else []
-        )
-        gap[-1] += [percent(row["refined"]), at(cost), at(whole)]
-    head = [
-        "",
-        "gap, points [95%]",
-        "relative",
-        "p (better:worse)",
-        *(["seed se"] if any(r["seeds"] > 1 for r in rows) else []),
-    ]
-    head += ["refined", "maj, same tokens", "with prompts"]
-
-    became = []
-    for row in rows:
-        became.append([row["name"], *(f"{a:g}/{b}" for a, b in row["rescued"].values()), percent(row["unanimous"])])
-        changed = row["order"] and row["order"]["changed"]
-        became[-1].append(percent(changed))
-        became[-1] += [
-            f"{percent(row[key]['candidates'])} / {percent(row[key]['refinements'])}" for key in ("answered", "cut_off")
-        ]
-
-    cost = []
-    for row in rows:
-        pairs = [(row["tokens"]["candidates"], row["tokens"]["refinement"])]
-        pairs += [(row["tokens"]["prompt"], row["tokens"]["refinement_prompt"])]
-        cost.append([row["name"], *(("-" if None in pair else f"{pair[0]:,.0f} + {pair[1]:,.0f}") for pair in pairs)])
-        cost[-1].append(f"{row['length']['candidate']:,.0f} / {row['length']['refinement']:,.0f}")
-        pair = list(row["seconds"].values())
-        cost[-1].append("-" if None in pair else f"{pair[0]:.2f} + {pair[1]:.2f}")
+        name, g = row["name"], row["gap"]
+        found = [row["methods"].get(method, {}).get("accuracy") for method in columns]
+        accuracy.append([name, *(str(row[key]) for key in ("problems", "n", "k")), *map(percent, found)])
+        points, low, high = (f"{100 * value:+.1f}" for value in (g["points"], *g["ci95"]))
+        test, relative = g["mcnemar"], "-" if g["relative"] is None else f"{100 * g['relative']:+.1f}%"
+        gap.append([name, f"{points} [{low}, {high}]", relative, f"{test['p']:.2g} ({test['better']}:{test['worse']})"])
+        if seeds:
+            gap[-1].append("-" if g["seed_se"] is None else f"{100 * g['seed_se']:.1f}")
+        gap[-1].append(percent(row["refined"]))
+        for at in row["equal_cost"].values():
+            known = "-" if at["maj"] is None else f"{'~' * at['extrapolated']}{percent(at['maj'])}"
+            gap[-1].append("-" if at["k"] is None else f"{known} @{at['k']:.1f}")
+        became.append([name, *(f"{a:.4g}/{b}" for a, b in row["rescued"].values()), percent(row["unanimous"])])
+        became[-1].append(percent(row["order"]["changed"]))
+        became[-1] += [pair(row[key], "{:.1%}", " / ") for key in ("answered", "cut_off")]
+        prompts = {key: row["tokens"][key] for key in ("prompt", "refinement_prompt")}
+        cost.append([name, pair({key: row["tokens"][key] for key in ("candidates", "refinement")}), pair(prompts)])
+        cost[-1] += [pair(row["length"], between=" / "), pair(row["seconds"], "{:.2f}")]
         cost[-1].append("-" if not row["parameters"] else f"{row['parameters'] / 1e6:,.1f} M")
+    p = ["p (better:worse)", *(["seed s.e."] if seeds else [])]
     return [
-        ("Accuracy", ["", "problems", *columns], accuracy, f"N = {n}, K = {k}" if same else "N and K differ by row"),
+        ("Accuracy", ["", "problems", "N", "K", *columns], accuracy, "refined: the mean of K refinements"),
         (
             "Refinement against the vote on the same candidates, and against a vote at equal cost",
-            head,
+            ["", "gap, points [95%]", "relative", *p, "refined", "maj, same tokens", "with prompts"],
             gap,
-            "p: exact McNemar test. @k: the vote of so many candidates as cost the same as the candidates and one "
-            "refinement, in generated tokens, and with prompts; ~ continued in a line beyond the candidates there are",
+            "p: exact McNemar test; @k: the vote of so many candidates as cost what the N candidates and one "
+            "refinement do, in generated tokens, and with prompts; ~ is continued in a line beyond the candidates",
         ),
         (
             "What became of them",
             ["", "all wrong", "minority", "tied", "broken", "unanimous", "order", "answered", "cut off"],
             became,
             "refined right where all candidates are wrong, where right ones are outvoted, where the vote is tied; "
-            "refined wrong where the vote is right; order: the answer changes with the order of the candidates; "
-            "answered, cut off: candidates / refinements",
+            "refined wrong where the vote is right; order: how often another order of the candidates changes the "
+            "answer; answered, cut off: candidates / refinements",
         ),
         (
             "Cost of a problem",
             ["", "tokens generated", "prompt tokens", "length of one", "seconds", "parameters"],
             cost,
-            "candidates + refinements; length: candidate / refinement; each prompt is read once for all its samples",
+            "candidates + refinements; length: candidate / refinement; a prompt is read once for all its samples",
         ),
     ]
 
@@ -994,11 +947,8 @@ def as_text(title, head, lines, note, width=100):
     widths[0] = max(6, min(widths[0], width - sum(widths[1:]) - gap * (len(widths) - 1)))
     text = [title]
     for name, *cells in lines:
-        if len(name) > widths[0]:
-            name = name[: widths[0] // 2 - 1] + "…" + name[len(name) - (widths[0] - widths[0] // 2) :]
-        text.append(
-            (" " * gap).join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:]))]).rstrip()
-        )
+        cells = (cell.rjust(width) for cell, width in zip(cells, widths[1:]))
+        text.append((" " * gap).join([shorten(name, widths[0]).ljust(widths[0]), *cells]).rstrip())
     return "\n".join([*text, *textwrap.wrap(f"({note})", width)])
 
 
@@ -1059,9 +1009,9 @@ def show(identity, path):
 # Figures: greys and one blue, a marker for each method, so that they can be read in print and without colours
 
 BLUE = "#0b5fa5"
-STYLES = {  # method, without its @ -> marker, colour
+STYLES = {  # method -> marker, colour
     "pass@1": ("o", "0.75"),
-    "maj": ("s", "0.35"),
+    "maj@N": ("s", "0.35"),
     "weighted": ("<", "white"),
     "logprob": ("v", "white"),
     "certainty": (">", "0.75"),
@@ -1069,50 +1019,50 @@ STYLES = {  # method, without its @ -> marker, colour
     "refined": ("D", BLUE),
     "refmaj": ("P", BLUE),
     "union": ("X", BLUE),
-    "pass": ("^", "black"),
+    "pass@N": ("^", "black"),
 }
 
 
-def style(method):
-    marker, colour = STYLES.get(method) or STYLES[method.partition("@")[0]]
-    return {"marker": marker, "color": colour, "markeredgecolor": "black", "markeredgewidth": 0.6, "linestyle": "none"}
+def look(method, **more):
+    marker, colour = STYLES[method]
+    edge = {"markeredgecolor": "black", "markeredgewidth": 0.6}
+    return {"marker": marker, "markerfacecolor": colour, "color": colour, "linestyle": "none", **edge, **more}
 
 
-def finish(fig, axes, path, plt, legend=()):
-    """What all figures have in common. `legend`: the axes whose labelled lines it explains, above all panels."""
+def finish(fig, axes, path, plt, legend=(), width=1.7):
+    """What all figures have in common. `legend`: the axes whose labels it explains, `width` inches each, above all."""
     for axis in axes:
         axis.grid(color="0.92")
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     handles = {label: line for axis in legend for line, label in zip(*axis.get_legend_handles_labels())}
     if handles:
-        fig.legend(handles.values(), handles, loc="outside upper center", ncols=int(fig.get_figwidth() / 1.7), frameon=False)
+        fig.legend(
+            handles.values(), handles, loc="outside upper center", ncols=int(fig.get_figwidth() / width), frameon=False
+        )
     fig.savefig(path, dpi=150)
     plt.close(fig)
 
 
 def draw_methods(rows, path, plt):
     """On the left the accuracy of each method with its interval, on the right the gap."""
-    most = max(len(row["methods"]) for row in rows)
-    size = (9, 1.4 + len(rows) * (0.3 + 0.13 * most))
+    size = (9, 1.4 + sum(0.3 + 0.13 * len(row["methods"]) for row in rows))
     fig, (left, right) = plt.subplots(1, 2, figsize=size, width_ratios=(3, 2), sharey=True, layout="constrained")
     for y, row in enumerate(rows):
         for i, (method, found) in enumerate(row["methods"].items()):
             at = y + 0.8 * ((i + 0.5) / len(row["methods"]) - 0.5)
             left.plot([100 * x for x in found["ci95"]], [at, at], color="0.6", linewidth=1.2, zorder=1)
-            general = method if len({row["n"] for row in rows}) == 1 or method == "pass@1" else method.partition("@")[0]
-            left.plot(100 * found["accuracy"], at, label=general, markersize=7, **style(method))
+            left.plot(100 * found["accuracy"], at, label=method, **look(method, markersize=7))
         gap, (low, high) = 100 * row["gap"]["points"], (100 * x for x in row["gap"]["ci95"])
         right.errorbar(gap, y, xerr=[[gap - low], [high - gap]], fmt="D", color=BLUE, capsize=4, markersize=7)
         right.annotate(f"{gap:+.1f}", (gap, y), (0, 8), textcoords="offset points", ha="center", fontsize=9)
-        if y:
-            for axis in (left, right):
-                axis.axhline(y - 0.5, color="0.8", linewidth=0.8)
-    left.set(yticks=range(len(rows)), yticklabels=[row["name"] for row in rows], ylim=(len(rows) - 0.5, -0.5))
-    left.set(xlabel="problems solved (%), 95% interval", xlim=(-2, 102))
-    at_n = f"@{rows[0]['n']}" if len({row["n"] for row in rows}) == 1 else "@N"
+        for axis in (left, right):
+            axis.axhline(y + 0.5, color="0.8", linewidth=0.8)
+    sizes = ", ".join(str(n) for n in sorted({row["n"] for row in rows}))
+    left.set(xlabel=f"problems solved (%), N = {sizes}; 95% interval", xlim=(-2, 102), ylim=(len(rows) - 0.5, -0.5))
+    left.set_yticks(range(len(rows)), [shorten(row["name"], 28) for row in rows])
     right.axvline(0, color="black", linewidth=0.8)
-    right.set(xlabel=f"Refinement Gap: refined - maj{at_n}\n(points, 95% interval)")
+    right.set(xlabel="Refinement Gap: refined - maj@N\n(points, 95% interval)")
     right.margins(x=0.15)
     finish(fig, [left, right], path, plt, legend=[left])
 
@@ -1121,37 +1071,31 @@ def panels(rows, plt, height, parts=1, **options):
     """A panel (of `parts` axes above each other) for each row, four beside each other -> figure, axes [parts, rows]."""
     across = min(len(rows), 4)
     down = -(-len(rows) // across)
-    size = (max(4.5, 3.1 * across), 0.6 + height * down)
+    size = (max(5, 3 * across), 0.6 + height * down)
     fig, axes = plt.subplots(parts * down, across, figsize=size, squeeze=False, layout="constrained", **options)
     axes = axes.reshape(down, parts, across).swapaxes(0, 1).reshape(parts, -1)
-    for column in range(len(rows), axes.shape[1]):
-        for axis in axes[:, column]:
-            axis.remove()
+    for axis in axes[:, len(rows) :].ravel():
+        axis.remove()
     for axis, row in zip(axes[0], rows):
-        axis.set_title(row["name"], fontsize=10)
+        axis.set_title(shorten(row["name"], 28), fontsize=10)
     return fig, axes[:, : len(rows)]
 
 
 def draw_frontier(rows, path, plt):
-    """Accuracy against tokens: votes and a perfect judge of 1..N candidates, and the methods that cost more."""
+    """Accuracy against tokens: votes and a perfect judge of 1..N candidates, and the other methods."""
     fig, [axes] = panels(rows, plt, 3.0, sharey=True)
     for axis, row in zip(axes, rows):
         numbers = range(1, row["n"] + 1)
         tokens = [row["tokens"]["candidates"] * k / row["n"] for k in numbers]
+        size = 4 if row["n"] <= 16 else 0  # no markers where they would run into each other
         for kind, line in (("maj", "-"), ("pass", ":")):
-            look = {**style(kind), "linestyle": line, "markersize": 4 if row["n"] <= 16 else 0}
-            axis.plot(
-                tokens,
-                [100 * row[f"{kind}@{k}"] for k in numbers],
-                label=f"{kind}@k, k = 1..N",
-                **look | {"color": "0.35"},
-            )
+            more = {"linestyle": line, "color": "0.35", "markersize": size, "label": f"{kind}@k, k = 1 to N"}
+            axis.plot(tokens, [100 * row[f"{kind}@{k}"] for k in numbers], **look(f"{kind}@N", **more))
         for method, found in row["methods"].items():
-            if method.partition("@")[0] not in ("pass", "maj"):
-                look = {**style(method), "markersize": 8 if method == "refined" else 6}
-                axis.plot(found["tokens"], 100 * found["accuracy"], label=method.partition("@")[0], **look)
-                if method == "refined":
-                    axis.vlines(found["tokens"], *(100 * x for x in found["ci95"]), color=BLUE, linewidth=1.2)
+            if "@" not in method:
+                axis.plot(found["tokens"], 100 * found["accuracy"], label=method, **look(method, markersize=7))
+        refined = row["methods"]["refined"]
+        axis.vlines(refined["tokens"], *(100 * x for x in refined["ci95"]), color=BLUE, linewidth=1.2)
         axis.set_xlim(left=0)
         axis.set_xlabel("tokens generated a problem")
     for axis in axes[::4]:
@@ -1163,16 +1107,14 @@ def draw_outcomes(rows, path, plt):
     """By the number of right candidates: how many problems, and how often vote and refinement are right."""
     fig, (above, below) = panels(rows, plt, 3.6, parts=2, height_ratios=(1, 2) * -(-len(rows) // 4))
     for top, axis, row in zip(above, below, rows):
-        lines = row["by_correct"]
-        numbers, problems = [line["correct"] for line in lines], [line["problems"] for line in lines]
-        top.bar(
-            numbers, [100 * count / sum(problems) for count in problems], color="0.7", edgecolor="0.3", linewidth=0.6
-        )
-        there = [line for line in lines if line["problems"]]
-        for key, kind, line in (("maj", "maj", "-"), ("refined", "refined", "--")):
-            look = {**style(kind), "linestyle": line, "markersize": 6}
-            label = "vote of the candidates" if key == "maj" else "refined"
-            axis.plot([x["correct"] for x in there], [100 * x[key] for x in there], label=label, **look)
+        there = [line for line in row["by_correct"] if line["problems"]]
+        numbers = [line["correct"] for line in there]
+        total = sum(line["problems"] for line in there)
+        shares = [100 * line["problems"] / total for line in there]
+        top.bar(numbers, shares, color="0.7", edgecolor="0.3", linewidth=0.6)
+        for key, method, line in (("maj", "maj@N", "-"), ("refined", "refined", "--")):
+            values = [100 * line[key] for line in there]
+            axis.plot(numbers, values, label=method, **look(method, linestyle=line, markersize=6))
         axis.set(ylim=(-5, 105), xlabel=f"right candidates of {row['n']}")
         for each in (top, axis):
             each.set_xlim(-0.7, row["n"] + 0.7)
@@ -1186,19 +1128,21 @@ def draw_outcomes(rows, path, plt):
 
 def draw_scaling(rows, path, plt):
     """The gap against the model's parameters, and against what one sample is worth."""
-    fig, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True, layout="constrained")
-    for row in (row for row in rows if row["parameters"]):
+    rows = [row for row in rows if row["parameters"]]
+    fig, axes = plt.subplots(1, 2, figsize=(8, 3.8 + 0.07 * len(rows)), sharey=True, layout="constrained")
+    for i, row in enumerate(rows):
         gap, (low, high) = 100 * row["gap"]["points"], (100 * x for x in row["gap"]["ci95"])
         for axis, x in zip(axes, (row["parameters"], 100 * row["pass@1"])):
-            axis.errorbar(x, gap, yerr=[[gap - low], [high - gap]], fmt="D", color=BLUE, capsize=3, markersize=6)
-            axis.annotate(row["name"], (x, gap), (6, 4), textcoords="offset points", fontsize=8)
+            axis.vlines(x, low, high, color="0.6", linewidth=1.2, zorder=1)
+            style = {"color": (BLUE, "white", "0.6")[i // 8 % 3], "markeredgecolor": "black", "markersize": 7}
+            axis.plot(x, gap, "osD^v<>p"[i % 8], label=shorten(row["name"], 24), **style)
     for axis, what in zip(axes, ("parameters", "pass@1 (%)")):
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_xlabel(what)
-        axis.margins(x=0.25)
+        axis.margins(x=0.15)
     axes[0].set_xscale("log")
-    axes[0].set_ylabel("Refinement Gap (points, 95%)")
-    finish(fig, axes, path, plt)
+    axes[0].set_ylabel("Refinement Gap (points, 95% interval)")
+    finish(fig, axes, path, plt, legend=axes[:1], width=2.8)
 
 
 def draw(rows, found, out):
@@ -1230,7 +1174,13 @@ def run_suite(args, flags):
 
     The commands keep what they have, so the suite goes on where it was stopped. `flags` are given to both.
     """
+    from sample import BENCHMARKS
+
     sets, out = SUITES.get(args.suite) or args.suite.split(","), Path(args.out)
+    for name in sets:
+        if name not in BENCHMARKS and not Path(name).is_file():
+            known = ", ".join(BENCHMARKS)
+            raise InputError(f"--suite {args.suite}: no file and no benchmark {name!r}; there are {known}")
     common = ["--model", args.model, *flags]
     commands, files = [], []
     for name in sets:
@@ -1251,31 +1201,29 @@ def run_suite(args, flags):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("files", nargs="*", metavar="[NAME=]FILE[,FILE...]", help="refined files; one table row each")
+    argv = sys.argv[1:] if argv is None else argv
+    suite = "--suite" in argv
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    if not suite:
+        help = "refined files, made by refine.py: a row each; several seeds of one row with commas"
+        parser.add_argument("files", nargs="+", metavar="[NAME=]FILE[,FILE...]", help=help)
     parser.add_argument("--out", default=".", help="folder for report.json, report.md, figures and grades.jsonl")
-    parser.add_argument("--time-limit", type=float, default=5.0, help="seconds for the comparison of two answers")
+    parser.add_argument("--time-limit", type=float, default=5.0, help="seconds for one comparison (default: 5)")
     parser.add_argument("--show", metavar="ID", help="show one problem of one file, and stop")
-    group = parser.add_argument_group("suite (other flags are given to sample.py and refine.py)")
+    group = parser.add_argument_group("suite (all other flags are given to sample.py and refine.py)")
     group.add_argument("--suite", help=f"sample, refine and report: {', '.join(SUITES)}, or sets and files with commas")
-    group.add_argument("--model", default="tiny", help="short name, hub id or folder")
-    group.add_argument("--n", type=int, default=8, help="candidates a problem")
-    group.add_argument("--k", type=int, default=1, help="refinements a problem")
+    group.add_argument("--model", default="tiny", help="short name, hub id or folder (default: tiny)")
+    group.add_argument("--n", type=int, default=8, help="candidates a problem (default: 8)")
+    group.add_argument("--k", type=int, default=1, help="refinements a problem (default: 1)")
     group.add_argument("--limit", type=int, help="only the first so many problems of each set")
     args, flags = parser.parse_known_args(argv)
-    if flags and not args.suite:
+    if flags and not suite:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
-    if bool(args.suite) == bool(args.files):
-        parser.error("give refined files, or --suite")
-
     if args.show:
-        if len(args.files) != 1:
-            raise InputError(f"--show {args.show}: give one file, not {len(args.files)}")
+        if suite or len(args.files) != 1:
+            raise InputError(f"--show {args.show}: give one file, and no --suite")
         return show(args.show, args.files[0])
-    files = run_suite(args, flags) if args.suite else args.files
-    report(files, Path(args.out), args.time_limit)
+    report(run_suite(args, flags) if suite else args.files, Path(args.out), args.time_limit)
 
 
 def report(files, out, limit):
@@ -1290,20 +1238,21 @@ def report(files, out, limit):
         while name in names:  # two folders may have files of one name
             name += "'"
         names[name] = paths
-    rows = [(name, [(path, read_refined(path)) for path in paths]) for name, paths in names.items()]
-    grader, done = Grader(limit, out / "grades.jsonl"), []
-    for name, read in rows:
+    files = {name: [(path, read_refined(path)) for path in paths] for name, paths in names.items()}
+    for read in files.values():
+        check_same_problems(read)
+    grader, rows = Grader(limit, out / "grades.jsonl"), []
+    for name, read in files.items():
         with tqdm(desc=f"grade {name}", unit=" comparisons") as bar:
 
             def progress(number, total, bar=bar):
                 bar.total = total
                 bar.update(number - bar.n)
 
-            outcomes = grade_files(read, grader, progress)
-        read.clear()
-        done.append(report_row(name, outcomes, [read_meta(path) for path in names[name]]))
+            outcomes = grade_files([problems for _, problems in read], grader, progress)
+        rows.append(report_row(name, outcomes, [read_meta(path) for path in names[name]]))
     grader.close()
-    rows, found = done, scaling(done)
+    found = scaling(rows)
     grading = {"asked": len(grader.known), "stuck": len(grader.stuck), "limit": limit}
     write_json(out / "report.json", {"rows": rows, "scaling": found, "grading": grading})
     figures = draw(rows, found, out)

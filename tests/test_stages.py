@@ -1,5 +1,6 @@
 """sample.py and refine.py: prompts, files, resuming, and what bad input gets."""
 
+import itertools
 import json
 import os
 import re
@@ -250,6 +251,41 @@ def test_problem_files(tmp_path):
         {"id": "set-3", "problem": "d", "answer": None, "source": "s"},
     ]
     assert [row["id"] for row in sample.load_problems(str(path), limit=2)] == ["set-0", 60]
+
+
+def test_knights_and_knaves():
+    """Each puzzle, read again from its English, has the one solution that the file says; they are the same each time."""
+    puzzles = sample.load_problems("knights")
+    assert len(puzzles) == len({p["problem"] for p in puzzles}) == 200 and puzzles == sample.load_problems("knights")
+    assert puzzles[:7] == sample.load_problems("knights", limit=7) and puzzles[3]["id"] == "knights-3"
+
+    def true(text, world):
+        text = text.removesuffix(", or both")
+        if text.lower().startswith("if "):
+            first, second = text[3:].split(", then ")
+            return not true(first, world) or true(second, world)
+        if match := re.fullmatch(r"exactly (\d) of us (is a|are) knights?", text, re.IGNORECASE):
+            return sum(world.values()) == int(match[1])
+        if match := re.fullmatch(r"(\w+) would say that (.*)", text):
+            return true(match[2], world) == world[match[1]]
+        for word, function in ((" and ", all), (" or ", any)):
+            if word in text:
+                return function([true(part, world) for part in text.split(word)])
+        name, kind = re.fullmatch(r"(\w+) is a (knight|knave)", text).groups()
+        return world[name] == (kind == "knight")
+
+    kinds = set()
+    for puzzle in puzzles:
+        said = re.findall(r'^(\w+) says: "(.*)\."$', puzzle["problem"], re.MULTILINE)
+        assert 3 <= len(said) <= 5
+        kinds |= {
+            word for _, text in said for word in ("if", "exactly", "would", " and ", " or ") if word in text.lower()
+        }
+        worlds = [dict(zip(dict(said), world)) for world in itertools.product((True, False), repeat=len(said))]
+        [world] = [w for w in worlds if all(true(text, w) == w[name] for name, text in said)]
+        answer = ", ".join(f"{name}: {'knight' if knight else 'knave'}" for name, knight in world.items())
+        assert puzzle["answer"] == answer
+    assert len(kinds) == 5
 
 
 def test_bad_input_gets_one_line_and_exit_code_2(candidates, random_model, tmp_path):
