@@ -88,7 +88,7 @@ def each_row(path, keys=()):
                 if not isinstance(row, dict):
                     raise InputError(f"{path}, line {number}: not a JSON object but {line.decode().strip()[:40]!r}")
                 for key in keys:
-                    if key not in row:
+                    if key not in row or (key == "id" and row["id"] is None):
                         raise InputError(f"{path}, line {number}: no {key!r} in it, only {', '.join(row)}")
                 name = row.get("id")
                 if name is not None and (first := seen.setdefault(str(name), number)) != number:
@@ -597,44 +597,48 @@ def read_refined(path):
     """
     problems, skipped, sizes = {}, 0, None
     for row in each_row(path, keys=("id", "problem", "answer", "candidates", "refinements")):
+        where, candidates, refinements = f"{path}, id {row['id']!r}", row["candidates"], row["refinements"]
         for key in ("candidates", "refinements"):
-            known = (isinstance(x, dict) and isinstance(x.get("text"), str) and x.get("n_tokens") for x in row[key])
-            if not row[key] or not all(known):
-                raise InputError(f"{path}, id {row['id']!r}: its {key!r} are empty or lack text and n_tokens")
-        candidates, refinements = row["candidates"], row["refinements"]
+            items = row[key] if isinstance(row[key], list) else []
+            if not items or not all(isinstance(x, dict) and {"text", "n_tokens"} <= x.keys() for x in items):
+                raise InputError(f"{where}: its {key!r} are empty or lack text and n_tokens")
         size = f"{len(candidates)} candidates and {len(refinements)} refinements"
         if (sizes := sizes or size) != size:
-            raise InputError(
-                f"{path}, id {row['id']!r}: {size}, but {sizes} in the first row; "
-                "pass@k and maj@k need the same numbers for all"
-            )
+            first = f"{size}, but {sizes} in the first row"
+            raise InputError(f"{where}: {first}; pass@k and maj@k need the same numbers for all")
         if row["answer"] is None:
             skipped += 1
             continue
 
-        def numbers(items, key):
-            return np.array([item.get(key) for item in items], dtype=float)  # None becomes nan
-
-        def cut(items):
-            return np.array([{"length": 1, "stop": 0}.get(item.get("finish_reason")) for item in items], dtype=float)
+        def numbers(items, *keys, where=where):
+            values = [[item.get(key) for key in keys] for item in items]  # a missing one, None, becomes nan
+            try:
+                return np.array(values, dtype=float).T
+            except (TypeError, ValueError):
+                raise InputError(f"{where}: not all of its {', '.join(keys)} are numbers")
 
         order = np.full((len(refinements), len(candidates)), -1, dtype=np.int16)
-        for shown, refinement in zip(order, refinements):
-            places = refinement.get("order", [])[: len(candidates)]
-            shown[: len(places)] = places
+        for places, refinement in zip(order, refinements):
+            shown = refinement.get("order", [])
+            if not set(shown) <= set(range(len(candidates))) or len(set(shown)) < len(shown):
+                raise InputError(f"{where}: the order {shown} is not one of its {len(candidates)} candidates")
+            places[: len(shown)] = shown
+        ends = [[{"length": 1, "stop": 0}.get(x.get("finish_reason")) for x in y] for y in (candidates, refinements)]
+        tokens, logprob, certainty, score = numbers(candidates, "n_tokens", "logprob", "self_certainty", "score")
+        refined_tokens, refined_prompt_tokens = numbers(refinements, "n_tokens", "n_prompt_tokens")
         problems[str(row["id"])] = {
             "answer": str(row["answer"]),
             "answers": [answer_of(c, row.get("prompt", "")) for c in candidates],
             "refinements": [answer_of(r, r.get("prompt", "")) for r in refinements],
-            "tokens": numbers(candidates, "n_tokens"),
-            "logprob": numbers(candidates, "logprob"),
-            "certainty": numbers(candidates, "self_certainty"),
-            "score": numbers(candidates, "score"),
-            "cut": cut(candidates),
-            "prompt_tokens": numbers([row], "n_prompt_tokens"),
-            "refined_tokens": numbers(refinements, "n_tokens"),
-            "refined_cut": cut(refinements),
-            "refined_prompt_tokens": numbers(refinements, "n_prompt_tokens"),
+            "tokens": tokens,
+            "logprob": logprob,
+            "certainty": certainty,
+            "score": score,
+            "cut": np.array(ends[0], dtype=float),
+            "prompt_tokens": numbers([row], "n_prompt_tokens")[0],
+            "refined_tokens": refined_tokens,
+            "refined_cut": np.array(ends[1], dtype=float),
+            "refined_prompt_tokens": refined_prompt_tokens,
             "order": order,
         }
     if skipped:
@@ -672,11 +676,10 @@ def grade_files(files, grader, progress=None):
     wrong = [[a for a in distinct[i].values() if not grader.equal(found[i][0], a)] for i in first]
     grader.grade((pair for some in wrong for pair in itertools.permutations(some, 2)), progress)
 
-    S, N, number = len(files), len(found[next(iter(first))][1]), []
-    for gold, answers, more in found.values():
-        number.append(classes(gold, answers, grader, more))
-    number = np.array(number, dtype=np.int16)  # [P, S * N + S * K]
-    votes, refined = (part.reshape(len(first), S, -1).swapaxes(0, 1) for part in np.split(number, [N], 1))
+    number = np.array([classes(gold, answers, grader, more) for gold, answers, more in found.values()], dtype=np.int16)
+    _, answers, _ = next(iter(found.values()))  # number is [P, S * N + S * K]
+    votes, refined = np.split(number, [len(answers)], 1)
+    votes, refined = (part.reshape(len(first), len(files), -1).swapaxes(0, 1) for part in (votes, refined))
     arrays = {
         field.name: np.stack([np.stack([problems[i][field.name] for i in first]) for problems in files])
         for field in dataclasses.fields(Outcomes)[2:]
@@ -709,23 +712,27 @@ def methods_of(x):
     return {method: (credit.reshape(S, P), tokens) for method, (credit, tokens) in found.items()}
 
 
-def equal_cost(x, refined, maj_at_k):
-    """The vote of so many candidates, k, as cost the same as N candidates and one refinement.
+def equal_cost(x, maj_at_k):
+    """How many candidates cost the same as N candidates and one refinement, and their vote: maj_at_k [P, M].
 
-    Counted in generated tokens, and together with prompts, each of which is read once for all its samples. Where
-    maj_at_k [M] ends before k, it is continued in a line through its last steps, up to 2 M: the curve flattens,
-    so that errs for the vote. With several seeds M is the number of all their candidates, and nothing is guessed.
+    -> {"generated": (k, votes [P] or None, is M too few?), "with_prompts": the same}: counted in generated tokens,
+    and together with prompts, each of which is read once for all its samples. Where M is too few, the curve is
+    continued in a line through its last steps, up to 2 M: as it flattens, that errs for the vote. With several
+    seeds M is the number of all their candidates.
     """
-    there, found = len(maj_at_k), {}
+    there, found = maj_at_k.shape[1], {}
     more = x.refined_tokens.mean()
     for name, cost in (("generated", more), ("with_prompts", more + x.refined_prompt_tokens.mean())):
         k = x.votes.shape[2] + cost / x.tokens.mean()
-        if not k <= 2 * there:  # too far, or unknown
-            found[name] = {"k": float(k) if np.isfinite(k) else None, "maj": None, "gap": None, "extrapolated": True}
-            continue
-        slope = max(0.0, maj_at_k[-1] - maj_at_k[max(0, there - 3)]) / 2  # two steps: a vote of 2m is one of 2m - 1
-        maj = min(1.0, np.interp(k, np.arange(1, there + 1), maj_at_k) + slope * max(0.0, k - there))
-        found[name] = {"k": float(k), "maj": float(maj), "gap": float(refined - maj), "extrapolated": bool(k > there)}
+        low, back = min(math.floor(k), there) if k <= 2 * there else None, max(0, there - 3)
+        if low is None:  # too far, or unknown
+            maj = None
+        elif k <= there:  # so often k rounded down, so often rounded up
+            maj = maj_at_k[:, low - 1] + (k - low) * (maj_at_k[:, min(low, there - 1)] - maj_at_k[:, low - 1])
+        else:  # two steps, as a vote of 2m is one of 2m - 1
+            slope = (maj_at_k[:, -1] - maj_at_k[:, back]) / 2
+            maj = maj_at_k[:, -1] + (k - there) * slope * (slope.mean() > 0)
+        found[name] = float(k) if np.isfinite(k) else None, maj, bool(k > there)
     return found
 
 
@@ -733,8 +740,9 @@ def order_sensitivity(x):
     """Does the refined answer depend on the order of the candidates? -> dict for report.json
 
     `changed`: of two refinements of a problem in different orders, how often their answers differ (None where
-    there are no such pairs). `at_place`: where some candidates are right and some wrong, the refined accuracy if
-    the one at that place is right, and over how many refinements; orders are drawn, so places are comparable.
+    there are no such pairs); at a temperature above 0 part of that is chance. `at_place`: where some candidates
+    are right and some wrong, the refined accuracy if the one at that place is right, and over how many
+    refinements; orders are drawn, so places are comparable.
     """
     N, K = x.order.shape[3], x.order.shape[2]
     first, second = (list(part) for part in np.triu_indices(K, 1))
@@ -762,16 +770,10 @@ def by_correct(x, maj, refined):
         total = round(float(values[at].sum()), 6)
         return [int(total) if total.is_integer() else total, int(at.sum())]
 
-    numbers = range(x.votes.shape[2] + 1)
-    lines = [
-        {
-            "correct": c,
-            "problems": int((right == c).sum()),
-            "maj": mean(maj[right == c]),
-            "refined": mean(refined[right == c]),
-        }
-        for c in numbers
-    ]
+    lines = []
+    for c in range(x.votes.shape[2] + 1):
+        at = right == c
+        lines.append({"correct": c, "problems": int(at.sum()), "maj": mean(maj[at]), "refined": mean(refined[at])})
     return lines, {
         "all_wrong": count(refined, right == 0),
         "minority_right": count(refined, (right > 0) & (maj == 0)),
@@ -786,11 +788,8 @@ def read_meta(path):
     if not meta.get("complete", True):
         print(f"{path}: not complete yet; run the command that makes it again for the whole")
     sampled = meta_path(meta.get("data") or "-")
-    before = read_json(sampled) if sampled.exists() else {}
-    return {
-        **{key: meta.get(key) for key in ("model", "parameters")},
-        "seconds": (before.get("seconds"), meta.get("seconds")),
-    }
+    before = read_json(sampled).get("seconds") if sampled.exists() else None
+    return {"model": meta.get("model"), "parameters": meta.get("parameters"), "seconds": (before, meta.get("seconds"))}
 
 
 def report_row(name, x, metas):
@@ -798,17 +797,22 @@ def report_row(name, x, metas):
     (S, P, N), K = x.votes.shape, x.refined.shape[2]
     methods = methods_of(x)
     credit = {method: values.mean(0) for method, (values, _) in methods.items()}  # [P] each, over seeds
-    draws = dict(zip(credit, bootstrap(np.stack(list(credit.values()), 1)).T))  # [draws] each
-    refined, maj, gap = credit["refined"], credit["maj@N"], credit["refined"] - credit["maj@N"]
-    better, worse, p = mcnemar(gap)
+    pass_at = pass_at_k(N, (x.votes == 0).sum(2).ravel()).mean(0)  # [N]
+    maj_at = majority_at_k(x.votes.reshape(S * P, N))
+    pool = x.votes.swapaxes(0, 1).reshape(P, S * N)  # the candidates of all seeds
+    same_cost = equal_cost(x, maj_at if S == 1 else majority_at_k(pool))
+    votes_at_cost = {name: maj for name, (_, maj, _) in same_cost.items() if maj is not None}
+    columns = {**credit, **votes_at_cost}
+    draws = dict(zip(columns, bootstrap(np.stack(list(columns.values()), 1)).T))  # [draws] each
+    refined, maj = credit["refined"], credit["maj@N"]
+    better, worse, p = mcnemar(refined - maj)
     of_seeds = (methods["refined"][0] - methods["maj@N"][0]).mean(1)  # [S]
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = (draws["refined"] - draws["maj@N"]) / draws["maj@N"]
-
-    votes = x.votes.reshape(S * P, N)
-    pass_at, maj_at = (at.mean(0) for at in (pass_at_k(N, (votes == 0).sum(1)), majority_at_k(votes)))  # [N]
-    pool = x.votes.swapaxes(0, 1).reshape(P, S * N)  # the candidates of all seeds
     lines, rescued = by_correct(x, methods["maj@N"][0], methods["refined"][0])
+
+    def against(other):  # the gap between the refinement and some vote
+        return {"points": mean(refined - columns[other]), "ci95": interval(draws["refined"] - draws[other])}
 
     def mean(values):  # None for what the file does not say
         return float(values.mean()) if np.isfinite(values).all() else None
@@ -826,12 +830,11 @@ def report_row(name, x, metas):
         "k": K,
         "seeds": S,
         **{f"pass@{k}": float(value) for k, value in enumerate(pass_at, 1)},
-        **{f"maj@{k}": float(value) for k, value in enumerate(maj_at, 1)},
-        "refined": float(refined.mean()),
+        **{f"maj@{k}": float(value) for k, value in enumerate(maj_at.mean(0), 1)},
+        "refined": mean(refined),
         "gap": {
-            "points": float(gap.mean()),
-            "relative": float(gap.mean() / maj.mean()) if maj.any() else None,
-            "ci95": interval(draws["refined"] - draws["maj@N"]),
+            **against("maj@N"),
+            "relative": mean(refined - maj) / mean(maj) if maj.any() else None,
             "relative_ci95": interval(relative),
             "mcnemar": {"better": better, "worse": worse, "p": p},
             "seed_se": float(of_seeds.std(ddof=1) / math.sqrt(S)) if S > 1 else None,
@@ -840,11 +843,14 @@ def report_row(name, x, metas):
             method: {"accuracy": mean(values), "ci95": interval(draws[method]), "tokens": mean(tokens)}
             for method, (values, tokens) in methods.items()
         },
-        "equal_cost": equal_cost(x, float(refined.mean()), majority_at_k(pool).mean(0) if S > 1 else maj_at),
+        "equal_cost": {
+            name: {"k": k, "extrapolated": guessed, "maj": mean(maj), **against(name)} if name in draws else {"k": k}
+            for name, (k, maj, guessed) in same_cost.items()
+        },
         "by_correct": lines,
         "rescued": rescued,
         "order": order_sensitivity(x),
-        "unanimous": float(((votes == votes[:, :1]).all(1) & (votes[:, 0] >= 0)).mean()),
+        "unanimous": mean((x.votes == x.votes[:, :, :1]).all(2) & (x.votes[:, :, 0] >= 0)),
         "answered": {"candidates": mean(x.votes >= 0), "refinements": mean(x.refined >= 0)},
         "cut_off": {"candidates": mean(x.cut), "refinements": mean(x.refined_cut)},
         "length": {"candidates": mean(x.tokens), "refinements": mean(x.refined_tokens)},
@@ -874,8 +880,17 @@ def scaling(rows):
 # The report
 
 
-def percent(value):
-    return "-" if value is None else f"{100 * value:.1f}%"
+def percent(*values):
+    return "-" if None in values else " / ".join(f"{100 * value:.1f}%" for value in values)
+
+
+def plus(values, layout="{:,.0f}"):
+    return "-" if None in values else " + ".join(layout.format(value) for value in values)
+
+
+def gap_of(found):
+    """A gap in points with its interval."""
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * value for value in (found["points"], *found["ci95"])))
 
 
 def shorten(name, width):
@@ -883,60 +898,71 @@ def shorten(name, width):
     return name if len(name) <= width else f"{name[: width // 2 - 1]}…{name[len(name) - (width - width // 2) :]}"
 
 
-def pair(values, layout="{:,.0f}", between=" + "):
-    return "-" if None in values.values() else between.join(layout.format(value) for value in values.values())
-
-
 def tables(rows):
     """The rows as tables: a list of (title, head, lines, note)."""
     columns = [method for method in STYLES if any(method in row["methods"] for row in rows)]
-    seeds = any(row["seeds"] > 1 for row in rows)
-    accuracy, gap, became, cost = [], [], [], []
+    lines = [[], [], [], [], [], []]
     for row in rows:
-        name, g = row["name"], row["gap"]
-        found = [row["methods"].get(method, {}).get("accuracy") for method in columns]
-        accuracy.append([name, *(str(row[key]) for key in ("problems", "n", "k")), *map(percent, found)])
-        points, low, high = (f"{100 * value:+.1f}" for value in (g["points"], *g["ci95"]))
-        test, relative = g["mcnemar"], "-" if g["relative"] is None else f"{100 * g['relative']:+.1f}%"
-        gap.append([name, f"{points} [{low}, {high}]", relative, f"{test['p']:.2g} ({test['better']}:{test['worse']})"])
-        if seeds:
-            gap[-1].append("-" if g["seed_se"] is None else f"{100 * g['seed_se']:.1f}")
-        gap[-1].append(percent(row["refined"]))
+        accuracy, gap, cost, became, kinds, spent = ([row["name"]] for _ in lines)
+        accuracy += [str(row[key]) for key in ("problems", "n", "k")]
+        accuracy += [percent(row["methods"].get(method, {}).get("accuracy")) for method in columns]
+        test, relative, error = row["gap"]["mcnemar"], row["gap"]["relative"], row["gap"]["seed_se"]
+        gap += [gap_of(row["gap"]), "-" if relative is None else f"{100 * relative:+.1f}%"]
+        gap += [
+            "-" if row["gap"]["relative_ci95"] is None else "[{:+.0%}, {:+.0%}]".format(*row["gap"]["relative_ci95"])
+        ]
+        gap += [
+            f"{test['better']} : {test['worse']}",
+            f"{test['p']:.2g}",
+            "-" if error is None else f"{100 * error:.1f}",
+        ]
+        cost.append(percent(row["refined"]))
         for at in row["equal_cost"].values():
-            known = "-" if at["maj"] is None else f"{'~' * at['extrapolated']}{percent(at['maj'])}"
-            gap[-1].append("-" if at["k"] is None else f"{known} @{at['k']:.1f}")
-        became.append([name, *(f"{a:.4g}/{b}" for a, b in row["rescued"].values()), percent(row["unanimous"])])
-        became[-1].append(percent(row["order"]["changed"]))
-        became[-1] += [pair(row[key], "{:.1%}", " / ") for key in ("answered", "cut_off")]
-        prompts = {key: row["tokens"][key] for key in ("prompt", "refinement_prompt")}
-        cost.append([name, pair({key: row["tokens"][key] for key in ("candidates", "refinement")}), pair(prompts)])
-        cost[-1] += [pair(row["length"], between=" / "), pair(row["seconds"], "{:.2f}")]
-        cost[-1].append("-" if not row["parameters"] else f"{row['parameters'] / 1e6:,.1f} M")
-    p = ["p (better:worse)", *(["seed s.e."] if seeds else [])]
-    return [
-        ("Accuracy", ["", "problems", "N", "K", *columns], accuracy, "refined: the mean of K refinements"),
+            cost += ["-" if at["k"] is None else f"{at['k']:.1f}"]
+            cost += [f"{'~' * at['extrapolated']}{percent(at['maj'])}", gap_of(at)] if "maj" in at else ["-", "-"]
+        became += [f"{share:.4g} / {of}" for share, of in row["rescued"].values()]
+        first, *_, last = (accuracy for accuracy, _ in [row["order"]["at_place"][0], *row["order"]["at_place"]])
+        became += [percent(row["order"]["changed"]), percent(first, last)]
+        kinds += [percent(row["unanimous"]), *(percent(*row[key].values()) for key in ("answered", "cut_off"))]
+        kinds += [plus(row["length"].values()).replace("+", "/")]
+        tokens = row["tokens"]
+        spent += [plus([tokens["candidates"], tokens["refinement"]])]
+        spent += [plus([tokens["prompt"], tokens["refinement_prompt"]]), plus(row["seconds"].values(), "{:.2f}")]
+        spent += ["-" if not row["parameters"] else f"{row['parameters'] / 1e6:,.1f} M"]
+        for table, line in zip(lines, (accuracy, gap, cost, became, kinds, spent)):
+            table.append(line)
+    text = (
+        ("Accuracy", ["problems", "N", "K", *columns], "refined: the mean of K refinements"),
         (
-            "Refinement against the vote on the same candidates, and against a vote at equal cost",
-            ["", "gap, points [95%]", "relative", *p, "refined", "maj, same tokens", "with prompts"],
-            gap,
-            "p: exact McNemar test; @k: the vote of so many candidates as cost what the N candidates and one "
-            "refinement do, in generated tokens, and with prompts; ~ is continued in a line beyond the candidates",
+            "Refinement Gap: refined - maj@N, on the same candidates",
+            ["points [95%]", "relative", "[95%]", "better : worse", "p", "s.e. of seeds"],
+            "better : worse: problems on which they differ; p: exact McNemar test",
+        ),
+        (
+            "At equal cost: refined - maj@k, where k candidates cost what N and one refinement do",
+            ["refined", "k", "maj@k", "gap [95%]", "k", "maj@k", "gap [95%]"],
+            "first in generated tokens, then with prompts; ~: more than there are, continued in a line, which errs "
+            "for the vote; -: too many for that, or prompt tokens unknown",
         ),
         (
             "What became of them",
-            ["", "all wrong", "minority", "tied", "broken", "unanimous", "order", "answered", "cut off"],
-            became,
+            ["all wrong", "minority", "tied", "broken", "order", "first / last"],
             "refined right where all candidates are wrong, where right ones are outvoted, where the vote is tied; "
-            "refined wrong where the vote is right; order: how often another order of the candidates changes the "
-            "answer; answered, cut off: candidates / refinements",
+            "refined wrong where the vote is right; order: the answer differs in another order, chance included; "
+            "first / last: refined right, where some are, if the first or the last candidate shown is right",
         ),
         (
-            "Cost of a problem",
-            ["", "tokens generated", "prompt tokens", "length of one", "seconds", "parameters"],
-            cost,
-            "candidates + refinements; length: candidate / refinement; a prompt is read once for all its samples",
+            "Answers, candidates / refinements",
+            ["unanimous", "answered", "cut off", "tokens of one"],
+            "unanimous: all candidates of a problem give the same answer",
         ),
-    ]
+        (
+            "Cost of a problem, candidates + refinements",
+            ["tokens generated", "prompt tokens", "seconds", "parameters"],
+            "a prompt is read once for all its samples",
+        ),
+    )
+    return [(title, ["", *head], table, note) for (title, head, note), table in zip(text, lines)]
 
 
 def as_text(title, head, lines, note, width=100):
@@ -957,31 +983,29 @@ def as_markdown(title, head, lines, note):
     return "\n".join([f"## {title}", "", *("| " + " | ".join(row) + " |" for row in rows), "", f"{note}."])
 
 
-def notes(rows, found, grader):
+def notes(found, grader):
     """What the tables do not say, a sentence each."""
     text = [
-        "pass@k and maj@k are exact expectations over subsets; intervals: 10,000 bootstrap draws of problems, seed 0."
+        "pass@k and maj@k are exact expectations over subsets; 95% intervals are of 10,000 bootstrap draws, seed 0."
     ]
     for key, values in (found or {}).items():
         if values["spearman"] is not None:
             ci = (
-                "no interval for so few" if values["ci95"] is None else "95% [{:+.2f}, {:+.2f}]".format(*values["ci95"])
+                "too few for an interval"
+                if values["ci95"] is None
+                else "95% [{:+.2f}, {:+.2f}]".format(*values["ci95"])
             )
             what = key.replace("_and_", " against ")
             text.append(f"{what}: rank correlation {values['spearman']:+.2f} over {values['models']} rows ({ci}).")
-    if grader.stuck:
-        text.append(
-            f"{len(grader.stuck)} comparisons took longer than {grader.limit:g} s or crashed, and count as unequal."
-        )
+    if n := len(grader.stuck):
+        text.append(f"{n} comparisons took longer than {grader.limit:g} s or crashed, and count as unequal.")
     return text
 
 
 def show(identity, path):
     """One problem of a candidates or refined file on the terminal: answers, votes and refinement side by side."""
-    row = next(
-        (row for row in each_row(path, keys=("id", "problem", "candidates")) if str(row["id"]) == identity), None
-    )
-    if row is None:
+    rows = each_row(path, keys=("id", "problem", "candidates"))
+    if (row := next((row for row in rows if str(row["id"]) == identity), None)) is None:
         raise InputError(f"{path}: no problem with id {identity!r} in it")
     grader, gold, refinements = Grader(), row.get("answer"), row.get("refinements", [])
     answers = [answer_of(c, row.get("prompt", "")) for c in row["candidates"]]
@@ -1256,7 +1280,7 @@ def report(files, out, limit):
     grading = {"asked": len(grader.known), "stuck": len(grader.stuck), "limit": limit}
     write_json(out / "report.json", {"rows": rows, "scaling": found, "grading": grading})
     figures = draw(rows, found, out)
-    parts, sentences = tables(rows), notes(rows, found, grader)
+    parts, sentences = tables(rows), notes(found, grader)
     markdown = ["# Report", *(as_markdown(*part) for part in parts), *(f"- {text}" for text in sentences)]
     markdown += [f"![{name}]({name})" for name in figures]
     (out / "report.md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")

@@ -387,13 +387,19 @@ def test_equal_cost():
     """4 candidates of 10 tokens and a refinement of 20: as many tokens as 6; with its prompt of 30, as 9."""
     arrays = {key: value[None, None] for key, value in outcome_arrays(4, 1).items()}
     x = e.Outcomes(votes=np.zeros((1, 1, 4), int), refined=np.zeros((1, 1, 1), int), **arrays)
-    cost = e.equal_cost(x, 0.9, np.array([0.5, 0.5, 0.6, 0.6]))
-    assert cost["generated"] == {"k": 6.0, "maj": pytest.approx(0.7), "gap": pytest.approx(0.2), "extrapolated": True}
-    assert cost["with_prompts"] == {"k": 9.0, "maj": None, "gap": None, "extrapolated": True}  # too far to guess
-    of_two_seeds = np.array([0.5, 0.5, 0.6, 0.6, 0.65, 0.66, 0.7, 0.72])
-    cost = e.equal_cost(x, 0.9, of_two_seeds)
-    assert cost["generated"]["maj"] == 0.66 and not cost["generated"]["extrapolated"]
-    assert cost["with_prompts"]["maj"] == pytest.approx(0.75) and cost["with_prompts"]["extrapolated"]
+    cost = e.equal_cost(x, np.array([[0.5, 0.5, 0.6, 0.6]]))
+    assert cost["generated"] == (6.0, pytest.approx(np.array([0.7])), True)
+    assert cost["with_prompts"] == (9.0, None, True)  # too far to guess
+    of_two_seeds = np.array([[0.5, 0.5, 0.6, 0.6, 0.65, 0.66, 0.7, 0.72]])
+    cost = e.equal_cost(x, of_two_seeds)
+    assert cost["generated"] == (6.0, pytest.approx(np.array([0.66])), False)
+    assert cost["with_prompts"] == (9.0, pytest.approx(np.array([0.75])), True)
+    x.refined_tokens[:] = 24.0
+    assert e.equal_cost(x, of_two_seeds)["generated"] == (6.4, pytest.approx(np.array([0.676])), False)
+    falling = e.equal_cost(x, np.array([[0.6, 0.6, 0.5, 0.4]]))["generated"]
+    assert falling == (6.4, pytest.approx(np.array([0.4])), True)  # a vote that gets worse is not continued
+    x.refined_prompt_tokens[:] = np.nan
+    assert e.equal_cost(x, of_two_seeds)["with_prompts"][:2] == (None, None)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -456,8 +462,8 @@ def test_report_of_known_numbers(tmp_path, capsys):
     union = pytest.approx((0 + 0 + 1 + 1 + 1 / 3) / 4)
     assert accuracy == {"pass@1": 0.375, "maj@N": 0.375, **weighted, "refined": 0.5, "union": union, "pass@N": 0.5}
     printed = capsys.readouterr().out
-    assert "1 of 5 problems have no answer" in printed and "37.5%" in printed and "1/2" in printed
-    assert (tmp_path / "out" / "report.md").read_text().count("\n| x |") == 4
+    assert "1 of 5 problems have no answer" in printed and "37.5%" in printed and "1 / 2" in printed
+    assert (tmp_path / "out" / "report.md").read_text().count("\n| x |") == 6
 
 
 def test_figures_are_drawn_and_tables_fit(tmp_path, capsys):
@@ -535,7 +541,7 @@ def test_seeds_of_one_row(tmp_path):
     for changes, message in (
         ([refined_row("new", ["1", "1"], ["1"])], "is not in both this file and"),
         ([refined_row("broken", ["1", "1"], ["1"], gold="7"), *KNOWN[:3]], "another right answer than in"),
-        ([refined_row(row["id"], ["1"], ["1"]) for row in KNOWN], "more or fewer candidates or refinements"),
+        ([refined_row(row["id"], ["1", "1", "1"], ["1"]) for row in KNOWN], "more or fewer candidates or refinements"),
     ):
         with pytest.raises(e.InputError, match=message) as caught:
             e.main([f"r={first},{write_rows(tmp_path / 'other.jsonl', changes)}", "--out", str(tmp_path)])
@@ -661,17 +667,26 @@ def test_large_report_takes_little_time_and_memory(tmp_path):
     [
         ("", "no rows"),
         ('{"id": 1}\n', "line 1: no 'problem'"),
-        (json.dumps(refined_row("a", ["1"], ["1"])) + "\n{oops\n", "line 2: not valid JSON"),
-        (json.dumps(refined_row("a", ["1"], ["1"])) + '\n{"id": "b", "probl', "the file ends in the middle of it"),
-        (json.dumps(refined_row("a", ["1"], ["1"])) + '\n{"id": "b", "problem": "?"}\n', "line 2: no 'answer'"),
+        (json.dumps(refined_row("a", ["1", "1"], ["1"])) + "\n{oops\n", "line 2: not valid JSON"),
+        (json.dumps(refined_row("a", ["1", "1"], ["1"])) + '\n{"id": "b", "probl', "the file ends in the middle of it"),
+        (json.dumps(refined_row("a", ["1", "1"], ["1"])) + '\n{"id": "b", "problem": "?"}\n', "line 2: no 'answer'"),
         (
-            json.dumps(refined_row("a", ["1"], ["1"])) + "\n" + json.dumps(refined_row("b", ["1"], ["1", "2"])),
-            "id 'b': 1",
+            json.dumps(refined_row("a", ["1", "1"], ["1"]))
+            + "\n"
+            + json.dumps(refined_row("b", ["1", "1"], ["1", "2"])),
+            "id 'b': 2",
         ),
         (json.dumps(refined_row("a", ["1"], ["1"], gold=None)) + "\n", "no problem has an answer"),
         ("[1]\n", "line 1: not a JSON object"),
         ('{"id": 1, "a": 2}\n\n{"id": "1"}\n', "line 3: id '1' already stands on line 1"),
         (json.dumps(refined_row("a", [], ["1"])) + "\n", "its 'candidates' are empty"),
+        (json.dumps({**refined_row("a", ["1", "1"], ["1"]), "candidates": None}) + "\n", "its 'candidates' are empty"),
+        (
+            json.dumps(refined_row("a", ["1", "1"], ["1"])).replace("-1.0", '"?"'),
+            "id 'a': not all of its n_tokens, logprob",
+        ),
+        (json.dumps(refined_row("a", ["1"], ["1"])), "id 'a': the order [0, 1] is not one of its 1 candidates"),
+        (json.dumps(refined_row(None, ["1", "1"], ["1"])), "line 1: no 'id' in it"),
         (json.dumps(refined_row("a", ["1"], [])) + "\n", "its 'refinements' are empty"),
     ],
 )

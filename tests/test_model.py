@@ -273,7 +273,7 @@ def test_sampled_frequencies_follow_the_distribution():
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
 def test_certainty_is_the_divergence_from_uniform(temperature):
-    """Guards against: a certainty of what softmax left of the logits, at the sampling temperature, or of kept tokens."""
+    """Guards against: a certainty of what softmax left of the logits, at another temperature, or of kept tokens."""
     logits = torch.randn(5, 700, generator=torch.Generator().manual_seed(0)) * torch.tensor([0, 0.1, 1, 9, 40])[:, None]
     p = logits.double().log_softmax(-1)
     expected = (-math.log(700) - p).mean(-1)  # KL(uniform || p), arXiv 2502.18581

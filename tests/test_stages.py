@@ -254,7 +254,7 @@ def test_problem_files(tmp_path):
 
 
 def test_knights_and_knaves():
-    """Each puzzle, read again from its English, has the one solution that the file says; they are the same each time."""
+    """Each puzzle, read again from its English, has one solution, the answer; and they are the same each time."""
     puzzles = sample.load_problems("knights")
     assert len(puzzles) == len({p["problem"] for p in puzzles}) == 200 and puzzles == sample.load_problems("knights")
     assert puzzles[:7] == sample.load_problems("knights", limit=7) and puzzles[3]["id"] == "knights-3"
