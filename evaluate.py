@@ -744,8 +744,9 @@ def equal_cost(x, maj_at_k):
         elif k <= there:  # so often k rounded down, so often rounded up
             maj = maj_at_k[:, low - 1] + (k - low) * (maj_at_k[:, min(low, there - 1)] - maj_at_k[:, low - 1])
         else:  # two steps, as a vote of 2m is one of 2m - 1
-            slope = (maj_at_k[:, -1] - maj_at_k[:, back]) / 2
-            maj = maj_at_k[:, -1] + (k - there) * slope * (slope.mean() > 0)
+            last, slope = maj_at_k[:, -1], (maj_at_k[:, -1] - maj_at_k[:, back]) / 2
+            rising = slope.mean() > 1e-9  # and not beyond 100%
+            maj = last + slope * (min(k - there, (1 - last.mean()) / slope.mean()) if rising else 0)
         found[name] = float(k) if np.isfinite(k) else None, maj, bool(k > there)
     return found
 

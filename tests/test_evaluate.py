@@ -398,6 +398,10 @@ def test_equal_cost():
     assert e.equal_cost(x, of_two_seeds)["generated"] == (6.4, pytest.approx(np.array([0.676])), False)
     falling = e.equal_cost(x, np.array([[0.6, 0.6, 0.5, 0.4]]))["generated"]
     assert falling == (6.4, pytest.approx(np.array([0.4])), True)  # a vote that gets worse is not continued
+    steep = e.equal_cost(x, np.array([[0.5, 0.5, 0.6, 0.7], [1.0, 1.0, 1.0, 1.0]]))["generated"][1]
+    assert steep == pytest.approx(np.array([0.94, 1.0]))
+    steep = e.equal_cost(x, np.array([[0.1, 0.1, 0.5, 0.9], [1.0, 1.0, 1.0, 1.0]]))["generated"][1]
+    assert steep.mean() == pytest.approx(1.0)  # nor beyond what there is to solve
     x.refined_prompt_tokens[:] = np.nan
     assert e.equal_cost(x, of_two_seeds)["with_prompts"][:2] == (None, None)
 
