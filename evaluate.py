@@ -287,6 +287,8 @@ class Grader:
             content = self.file.read()
             whole = content[: content.rfind(b"\n") + 1]
             lines = whole.decode().split("\n")[:-1]
+            if content and not content.startswith(b'["math-verify"'):
+                raise ValueError("not made by evaluate.py")
             if not lines or json.loads(lines[0]) != header:  # of another version or limit
                 whole, lines = (json.dumps(header) + "\n").encode(), [""]
                 self.file.truncate(0)

