@@ -72,7 +72,7 @@ def command_line(main):
 
 def each_row(path, keys=()):
     """The rows of a JSONL file, one at a time: dicts that have all of `keys` and, if they have one, a unique id."""
-    seen, number = {}, 0
+    seen, rows = {}, 0
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -93,10 +93,11 @@ def each_row(path, keys=()):
                 name = row.get("id")
                 if name is not None and (first := seen.setdefault(str(name), number)) != number:
                     raise InputError(f"{path}, line {number}: id {name!r} already stands on line {first}")
+                rows += 1
                 yield row
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})")
-    if not number:
+    if not rows:
         raise InputError(f"{path}: no rows in it")
 
 
@@ -1243,7 +1244,7 @@ def run_suite(args, flags):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    suite = "--suite" in argv
+    suite = any(word.partition("=")[0] == "--suite" for word in argv)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     if not suite:
         help = "refined files, made by refine.py: a row each; several seeds of one row with commas"

@@ -674,6 +674,7 @@ def test_large_report_takes_little_time_and_memory(tmp_path):
     ("content", "message"),
     [
         ("", "no rows"),
+        ("\n  \n", "no rows"),
         ('{"id": 1}\n', "line 1: no 'problem'"),
         (json.dumps(refined_row("a", ["1", "1"], ["1"])) + "\n{oops\n", "line 2: not valid JSON"),
         (json.dumps(refined_row("a", ["1", "1"], ["1"])) + '\n{"id": "b", "probl', "the file ends in the middle of it"),
