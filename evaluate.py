@@ -924,23 +924,18 @@ def tables(rows):
         accuracy, gap, cost, became, kinds, spent = ([row["name"]] for _ in lines)
         accuracy += [str(row[key]) for key in ("problems", "n", "k")]
         accuracy += [percent(row["methods"].get(method, {}).get("accuracy")) for method in columns]
-        test, relative, error = row["gap"]["mcnemar"], row["gap"]["relative"], row["gap"]["seed_se"]
+        test, relative, error = (row["gap"][key] for key in ("mcnemar", "relative", "seed_se"))
+        inside = row["gap"]["relative_ci95"]
         gap += [gap_of(row["gap"]), "-" if relative is None else f"{100 * relative:+.1f}%"]
-        gap += [
-            "-" if row["gap"]["relative_ci95"] is None else "[{:+.0%}, {:+.0%}]".format(*row["gap"]["relative_ci95"])
-        ]
-        gap += [
-            f"{test['better']} : {test['worse']}",
-            f"{test['p']:.2g}",
-            "-" if error is None else f"{100 * error:.1f}",
-        ]
+        gap += ["-" if inside is None else "[{:+.0%}, {:+.0%}]".format(*inside)]
+        gap += [f"{test['better']} : {test['worse']}", f"{test['p']:.2g}"]
+        gap += ["-" if error is None else f"{100 * error:.1f}"]
         cost.append(percent(row["refined"]))
         for at in row["equal_cost"].values():
             cost += ["-" if at["k"] is None else f"{at['k']:.1f}"]
             cost += [f"{'~' * at['extrapolated']}{percent(at['maj'])}", gap_of(at)] if "maj" in at else ["-", "-"]
         became += [f"{share:.4g} / {of}" for share, of in row["rescued"].values()]
-        first, *_, last = (accuracy for accuracy, _ in [row["order"]["at_place"][0], *row["order"]["at_place"]])
-        became += [percent(row["order"]["changed"]), percent(first, last)]
+        became += [percent(row["order"]["changed"]), percent(*(row["order"]["at_place"][i][0] for i in (0, -1)))]
         kinds += [percent(row["unanimous"]), *(percent(*row[key].values()) for key in ("answered", "cut_off"))]
         kinds += [plus(row["length"].values()).replace("+", "/")]
         tokens = row["tokens"]
@@ -1079,9 +1074,8 @@ def finish(fig, axes, path, plt, legend=(), width=1.7):
         axis.spines[["top", "right"]].set_visible(False)
     handles = {label: line for axis in legend for line, label in zip(*axis.get_legend_handles_labels())}
     if handles:
-        fig.legend(
-            handles.values(), handles, loc="outside upper center", ncols=int(fig.get_figwidth() / width), frameon=False
-        )
+        columns = int(fig.get_figwidth() / width)
+        fig.legend(handles.values(), handles, loc="outside upper center", ncols=columns, frameon=False)
     fig.savefig(path, dpi=150)
     plt.close(fig)
 
@@ -1096,7 +1090,8 @@ def draw_methods(rows, path, plt):
             left.plot([100 * x for x in found["ci95"]], [at, at], color="0.6", linewidth=1.2, zorder=1)
             left.plot(100 * found["accuracy"], at, label=method, **look(method, markersize=7))
         gap, (low, high) = 100 * row["gap"]["points"], (100 * x for x in row["gap"]["ci95"])
-        right.errorbar(gap, y, xerr=[[gap - low], [high - gap]], fmt="D", color=BLUE, capsize=4, markersize=7)
+        right.plot([low, high], [y, y], "|-", color=BLUE, markersize=9)
+        right.plot(gap, y, "D", color=BLUE, markersize=7)
         right.annotate(f"{gap:+.1f}", (gap, y), (0, 8), textcoords="offset points", ha="center", fontsize=9)
         for axis in (left, right):
             axis.axhline(y + 0.5, color="0.8", linewidth=0.8)
