@@ -11,17 +11,17 @@ here; this file imports none of them.
 
 What is compared, for problems with N candidates and K refinements each, on the same candidates throughout:
 
-    pass@k       at least one of k candidates is right: what a perfect judge of k would reach
-    maj@k        the answer that most of k candidates gave is right, where answers that mean the same are one
-                 (1/2 = 0.5); a tie shares the credit, a candidate without an answer casts no vote
-    weighted@N   the same, and each vote counts as much as the sequence is probable
-    logprob@N    the candidate with the highest mean log-probability a token (Best-of-N)
-    certainty@N  votes by the rank of the self-certainty (Borda votes, arXiv 2502.18581)
-    score@N      the candidate with the highest "score", whatever wrote it into the file
-    refined      one refinement is right (the mean, where a problem has several)
-    refmaj@K     the vote of the K refinements
-    union@N+K    the vote of candidates and refinements together
-    gap          refined - maj@N, and the same relative to maj@N (the paper's Refinement Gap)
+    pass@k     at least one of k candidates is right: what a perfect judge of k would reach
+    maj@k      the answer that most of k candidates gave is right, where answers that mean the same are one
+               (1/2 = 0.5); a tie shares the credit, a candidate without an answer casts no vote
+    weighted   the same for all N, and each vote counts as much as the candidate is probable
+    logprob    the candidate with the highest mean log-probability a token (Best-of-N)
+    certainty  votes by the rank of the self-certainty (Borda votes, arXiv 2502.18581)
+    score      the candidate with the highest "score", whatever wrote it into the file (Best-of-N)
+    refined    one refinement is right (the mean, where a problem has several)
+    refmaj     the vote of the K refinements
+    union      the vote of candidates and refinements together
+    gap        refined - maj@N, and the same relative to maj@N (the paper's Refinement Gap)
 
 pass@k and maj@k are exact expectations over all subsets of size k, for every k: nothing is drawn. Intervals
 are 95% and come from drawing problems again with replacement, for all methods at once, so that they are
