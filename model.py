@@ -650,6 +650,7 @@ class Completion:
     ids: list  # the generated token ids, the stop id included if one came
     logprob: float  # sum over `ids` of log p at temperature 1, before top-k, top-p and min-p
     finish_reason: str  # "stop", or "length" when max_new_tokens or the context was used up
+    certainty: float = 0.0  # self-certainty, the mean over `ids` of KL(uniform || p) at temperature 1, in nats
 
 
 def uniforms(key, n):
@@ -692,19 +693,25 @@ def draw(weights, u):
 
 
 def sample_token(logits, u, params):
-    """logits [B, V] float32 (overwritten), u [B] in [0, 1) -> (token ids [B], their log p at temperature 1 [B]).
+    """logits [B, V] float32 (overwritten), u [B] in [0, 1) -> (token ids, their log p at temperature 1, certainty) [B].
 
     Draws by inverting the cumulative distribution at u, over the vocabulary in its own order. One random
     number a row, instead of V of them for a Gumbel or multinomial draw, is what lets a sample's randomness
     be drawn beforehand from its key. With filters, most rows keep fewer than 128 tokens and are drawn from these;
     only the others are sorted whole: for one row of 152k entries a sort takes as long as all else.
+
+    The certainty is KL(uniform || p) = logsumexp(logits) - mean(logits) - log V, in nats at temperature 1 (arXiv
+    2502.18581).
     """
-    u, norm = u[:, None], 0.0 if params.temperature == 1 else logits.logsumexp(-1, keepdim=True)  # [B, 1]
+    u, flat = u[:, None], logits.mean(-1, keepdim=True) + math.log(logits.shape[-1])  # [B, 1]; norm, were p uniform
+    norm = 0.0 if params.temperature == 1 else logits.logsumexp(-1, keepdim=True)  # [B, 1]
     if params.temperature == 0:
         token = logits.argmax(-1, keepdim=True)
-        return token[:, 0], (logits.gather(1, token) - norm)[:, 0]
+        return token[:, 0], (logits.gather(1, token) - norm)[:, 0], (norm - flat)[:, 0].clamp(max=1e4)
     if params.temperature == 1:
+        norm = logits.amax(-1, keepdim=True)  # [B, 1]
         probs = torch.softmax(logits, -1, out=logits)
+        norm = norm - probs.amax(-1, keepdim=True).log()  # logsumexp would take ten times as long as two amax
     else:
         probs = torch.softmax(logits / params.temperature, -1)
     if params.top_k or params.top_p < 1 or params.min_p:
@@ -721,7 +728,7 @@ def sample_token(logits, u, params):
     else:
         token = draw(probs, u)
     chosen = probs.gather(1, token).log() if params.temperature == 1 else logits.gather(1, token) - norm
-    return token[:, 0], chosen[:, 0]
+    return token[:, 0], chosen[:, 0], (norm - flat)[:, 0].clamp(max=1e4)  # finite also where a logit is -inf
 
 
 def pack(model):
@@ -1059,6 +1066,7 @@ class Row:
     uniforms: np.ndarray = None  # [limit], one for each new token, from when it starts
     ids: list = field(default_factory=list)  # the new tokens; all but the last one are in the cache
     logprob: float = 0.0
+    certainty: float = 0.0  # summed, like logprob
     pages: list = field(default_factory=list)
 
 
@@ -1250,16 +1258,16 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
         u = np.stack([row.uniforms[len(row.ids) :][:burst] for row in rows], axis=1)  # [burst, B]
         drawn = []
         for step, now in enumerate(torch.from_numpy(u).to(device), 1):
-            token, logprob = sample_token(logits.float(), now, params)
-            drawn.append(torch.stack([token.double(), logprob.double()]))  # [2, B]
+            token, logprob, certainty = sample_token(logits.float(), now, params)
+            drawn.append(torch.stack([token.double(), logprob.double(), certainty.double()]))  # [3, B]
             if step < burst:
                 logits = recorded.step(token, positions + step)
-        drawn = torch.stack(drawn).tolist()  # [burst, 2, B], the one transfer
+        drawn = torch.stack(drawn).tolist()  # [burst, 3, B], the one transfer
         stats.steps += burst
         stats.rows = len(rows)
         finished = []
         for at, row in enumerate(rows):
-            for tokens, logprobs in drawn:
+            for tokens, logprobs, certainties in drawn:
                 if math.isnan(logprobs[at]):
                     raise InputError(
                         f"the model's logits are not numbers for sample {row.j} of prompt {row.i}; its weights are "
@@ -1267,11 +1275,13 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
                     )
                 row.ids.append(int(tokens[at]))
                 row.logprob += logprobs[at]
+                row.certainty += certainties[at]
                 stats.generated += 1
                 stop = row.ids[-1] in stop_ids
                 if stop or len(row.ids) == row.limit:
                     cache.release(row.pages)
-                    finished.append((row.i, row.j, Completion(row.ids, row.logprob, "stop" if stop else "length")))
+                    reason, certainty = "stop" if stop else "length", row.certainty / len(row.ids)
+                    finished.append((row.i, row.j, Completion(row.ids, row.logprob, reason, certainty)))
                     row.pages = None
                     break
         rows = [row for row in rows if row.pages is not None]

@@ -140,8 +140,9 @@ def main(argv=None):
 
     def finish(i, answers):
         refinements = []
-        for (text, _, order), [completion] in zip(prompts[i], answers):
-            refinements.append({**as_json(completion, tokenizer), "order": order, "prompt": text})
+        for (text, ids, order), [completion] in zip(prompts[i], answers):
+            shown = {"order": order, "prompt": text, "n_prompt_tokens": len(ids)}
+            refinements.append({**as_json(completion, tokenizer), **shown})
         return {**rows[i], "refinements": refinements}
 
     made_by = {
@@ -159,6 +160,7 @@ def main(argv=None):
         "candidates_by": read_json(source).get("weights") if source.exists() else None,
         "flags": vars(args),
         "versions": versions(),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
         "tokens": tokens,
     }
     pack(model)

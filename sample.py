@@ -18,10 +18,12 @@ candidates got right.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
 import platform
+import random
 import time
 from collections import Counter
 from datetime import timedelta
@@ -53,7 +55,74 @@ BENCHMARKS = {
     "amc23": ("math-ai/amc23", "test-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"),
     "olympiadbench": ("math-ai/olympiadbench", "test.jsonl", "data/test-00000-of-00001.parquet"),
     "minerva": ("math-ai/minervamath", "test.jsonl", "data/test-00000-of-00001.parquet"),
+    "knights": (None, ""),  # made by `knights_and_knaves` below
 }
+
+
+PEOPLE = ("Ava", "Ben", "Cleo", "Dan", "Eve")
+
+
+def holds(statement, knights):
+    """Is `statement` true, where knights[i] says whether person i is a knight?"""
+    kind, *parts = statement
+    if kind == "knight":
+        return knights[parts[0]]
+    if kind == "count":
+        return sum(knights) == parts[0]
+    if kind == "says":  # what a knight says is true, what a knave says is not
+        return holds(parts[1], knights) == knights[parts[0]]
+    first, *second = (holds(part, knights) for part in parts)
+    if kind == "not":
+        return not first
+    return {"and": first and second[0], "or": first or second[0], "if": not first or second[0]}[kind]
+
+
+def phrase(statement):
+    """A statement in English, without a period."""
+    kind, *parts = statement
+    if kind == "knight":
+        return f"{PEOPLE[parts[0]]} is a knight"
+    if kind == "not":
+        return f"{PEOPLE[parts[0][1]]} is a knave"  # `parts` says who is a knight, no more
+    if kind == "count":
+        return f"exactly {parts[0]} of us {'is a knight' if parts[0] == 1 else 'are knights'}"
+    if kind == "says":
+        return f"{PEOPLE[parts[0]]} would say that {phrase(parts[1])}"
+    first, second = map(phrase, parts)
+    return {"and": f"{first} and {second}", "or": f"{first} or {second}, or both", "if": f"if {first}, then {second}"}[
+        kind
+    ]
+
+
+def knights_and_knaves(n=200, seed=0):
+    """Puzzles of 3 to 5 people who are knights, whose statements are true, or knaves, whose statements are false.
+
+    Statements are drawn at random, and a puzzle is kept if exactly one of all 2^people assignments fits.
+    """
+    rng, puzzles = random.Random(seed), {}
+    while len(puzzles) < n:
+        people, said = 3 + len(puzzles) % 3, []
+        for _ in range(people):
+            who = rng.sample(range(people), 2)
+            first, second = (rng.choice((("knight", i), ("not", ("knight", i)))) for i in who)
+            kinds = [first, ("count", rng.randrange(1, people)), ("says", who[1], first)]
+            said.append(rng.choice([*kinds, ("and", first, second), ("or", first, second), ("if", first, second)]))
+        fits = []
+        for knights in itertools.product((True, False), repeat=people):
+            if all(holds(statement, knights) == knight for statement, knight in zip(said, knights)):
+                fits.append(knights)
+        if len(fits) != 1:
+            continue
+        names, text = PEOPLE[:people], [phrase(statement) for statement in said]
+        lines = "".join(f'\n{name} says: "{words[0].upper()}{words[1:]}."' for name, words in zip(names, text))
+        problem = (
+            "On an island live knights, whose statements are always true, and knaves, whose statements are always "
+            f"false. You meet {', '.join(names[:-1])} and {names[-1]}.{lines}\nWho is a knight and who is a knave? "
+            f'Give the answer in the form "{names[0]}: knight, {names[1]}: knave, ..." with all {people} names.'
+        )
+        answer = ", ".join(f"{name}: {'knight' if knight else 'knave'}" for name, knight in zip(names, fits[0]))
+        puzzles.setdefault(problem, answer)
+    return [{"problem": problem, "answer": answer} for problem, answer in puzzles.items()]
 
 
 def load_problems(data, limit=None):
@@ -61,8 +130,9 @@ def load_problems(data, limit=None):
 
     `answer` is a string or None: of GSM8K's worked answers what follows `####`, of a list its members joined.
     """
-    if Path(data).is_file():
-        path = Path(data)
+    path = Path(data)
+    if path.is_file() or data == "knights":
+        pass
     elif data in BENCHMARKS:
         repo, *files = BENCHMARKS[data]
         found = (hub_file(repo, file, "dataset") if repo else Path(file) for file in files)
@@ -75,7 +145,9 @@ def load_problems(data, limit=None):
     else:
         raise InputError(f"--data {data}: no such file, and no such benchmark; benchmarks: {', '.join(BENCHMARKS)}")
 
-    if path.suffix == ".parquet":
+    if data == "knights" and not path.is_file():
+        rows = knights_and_knaves()
+    elif path.suffix == ".parquet":
         import pyarrow.parquet
 
         rows = pyarrow.parquet.read_table(path).to_pylist()
@@ -307,11 +379,12 @@ def versions():
 
 
 def as_json(completion, tokenizer):
-    """A Completion as it stands in the files. `n_tokens` counts the stop token, and `logprob` includes it."""
+    """A Completion as it stands in the files. `n_tokens` counts the stop token, and the other numbers include it."""
     return {
         "text": tokenizer.decode(completion.ids),
         "n_tokens": len(completion.ids),
         "logprob": round(completion.logprob, 3),
+        "self_certainty": round(completion.certainty, 4),
         "finish_reason": completion.finish_reason,
     }
 
@@ -350,7 +423,8 @@ def main(argv=None):
         return [(ids[i], [(args.seed, str(problems[i]["id"]), j) for j in range(args.n)])]
 
     def finish(i, answers):
-        return {**problems[i], "prompt": prompts[i], "candidates": [as_json(c, tokenizer) for c in answers[0]]}
+        shown = {"prompt": prompts[i], "n_prompt_tokens": len(ids[i])}
+        return {**problems[i], **shown, "candidates": [as_json(c, tokenizer) for c in answers[0]]}
 
     made_by = {
         "weights": model.fingerprint(),

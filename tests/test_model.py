@@ -290,13 +290,25 @@ def test_sampled_frequencies_follow_the_distribution():
     logits = torch.tensor([[0.0, 2.0, 1.0, -1.0, -math.inf]])
     u = torch.from_numpy(m.uniforms(("frequencies",), 20000))
     for filters in ({}, {"top_k": 5}):
-        drawn, logprob = m.sample_token(logits.repeat(20000, 1), u, m.SamplingParams(**filters))
+        drawn, logprob, certainty = m.sample_token(logits.repeat(20000, 1), u, m.SamplingParams(**filters))
         torch.testing.assert_close(logprob, logits[0].log_softmax(-1)[drawn])
+        assert certainty.isfinite().all()
         counts = torch.bincount(drawn, minlength=5) / 20000
         torch.testing.assert_close(counts, logits[0].softmax(-1), atol=0.015, rtol=0)
     # The largest number below 1 and an exact 0 draw possible tokens, not one beyond the end.
-    edge, _ = m.sample_token(logits.repeat(2, 1), torch.tensor([0.0, 1 - 2**-24]), m.SamplingParams())
+    edge, *_ = m.sample_token(logits.repeat(2, 1), torch.tensor([0.0, 1 - 2**-24]), m.SamplingParams())
     assert edge.tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_certainty_is_the_divergence_from_uniform(temperature):
+    """Guards against: a certainty of what softmax left of the logits, at another temperature, or of kept tokens."""
+    logits = torch.randn(5, 700, generator=torch.Generator().manual_seed(0)) * torch.tensor([0, 0.1, 1, 9, 40])[:, None]
+    p = logits.double().log_softmax(-1)
+    expected = (-math.log(700) - p).mean(-1)  # KL(uniform || p), arXiv 2502.18581
+    params = m.SamplingParams(temperature=temperature, top_k=9)
+    *_, certainty = m.sample_token(logits.clone(), torch.full((5,), 0.5), params)
+    torch.testing.assert_close(certainty.double(), expected, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"temperature": 0.0}, {"temperature": 0.5, "top_k": 5}])

@@ -1,5 +1,6 @@
 """sample.py and refine.py: prompts, files, resuming, and what bad input gets."""
 
+import itertools
 import json
 import os
 import re
@@ -48,11 +49,13 @@ def test_files_hold_what_the_contract_says(candidates, random_model):
     rows = read_jsonl(candidates)
     assert [row["id"] for row in rows] == [f"p{i}" for i in range(7)]
     for row in rows:
-        assert list(row) == ["id", "problem", "answer", "level", "prompt", "candidates"]  # unknown keys are kept
+        # `level` is unknown, and kept
+        assert list(row) == ["id", "problem", "answer", "level", "prompt", "n_prompt_tokens", "candidates"]
         assert row["problem"] in row["prompt"] and row["prompt"].endswith("<|im_start|>assistant\n")
         assert len(row["candidates"]) == 4
         for c in row["candidates"]:
-            assert list(c) == ["text", "n_tokens", "logprob", "finish_reason"]
+            assert list(c) == ["text", "n_tokens", "logprob", "self_certainty", "finish_reason"]
+            assert c["self_certainty"] > 0
             assert 1 <= c["n_tokens"] <= 24 and c["logprob"] < 0 and c["finish_reason"] in ("stop", "length")
     meta = read_json(evaluate.meta_path(candidates))
     assert meta["complete"] and meta["sampling"]["max_new_tokens"] == 24  # from the generation config
@@ -64,7 +67,7 @@ def test_files_hold_what_the_contract_says(candidates, random_model):
     for row, before in zip(refined, rows):
         assert {**before, "refinements": row["refinements"]} == row and len(row["refinements"]) == 2
         for r in row["refinements"]:
-            assert list(r) == ["text", "n_tokens", "logprob", "finish_reason", "order", "prompt"]
+            assert list(r) == [*c, "order", "prompt", "n_prompt_tokens"]
             texts = [evaluate.strip_thinking(before["candidates"][i]["text"]) for i in r["order"]]
             shown = [r["prompt"].index(text) for text in texts]
             assert shown == sorted(shown)  # `order` is the order in the prompt
@@ -88,8 +91,8 @@ def test_samples_do_not_depend_on_batches(candidates, random_model, tmp_path):
 def without_last_digits(path):
     """The rows of an output; log-probabilities to one decimal: their last digits follow the batch's rounding."""
     return re.sub(
-        r'"logprob": (-[0-9.]+)',
-        lambda m: f'"logprob": {float(m[1]) + 1e-5:.1f}',
+        r'"(logprob|self_certainty)": (-?[0-9.]+)',
+        lambda m: f'"{m[1]}": {float(m[2]) + 1e-5:.1f}',
         Path(path).read_text(encoding="utf-8"),
     )
 
@@ -248,6 +251,41 @@ def test_problem_files(tmp_path):
         {"id": "set-3", "problem": "d", "answer": None, "source": "s"},
     ]
     assert [row["id"] for row in sample.load_problems(str(path), limit=2)] == ["set-0", 60]
+
+
+def test_knights_and_knaves():
+    """Each puzzle, read again from its English, has one solution, the answer; and they are the same each time."""
+    puzzles = sample.load_problems("knights")
+    assert len(puzzles) == len({p["problem"] for p in puzzles}) == 200 and puzzles == sample.load_problems("knights")
+    assert puzzles[:7] == sample.load_problems("knights", limit=7) and puzzles[3]["id"] == "knights-3"
+
+    def true(text, world):
+        text = text.removesuffix(", or both")
+        if text.lower().startswith("if "):
+            first, second = text[3:].split(", then ")
+            return not true(first, world) or true(second, world)
+        if match := re.fullmatch(r"exactly (\d) of us (is a|are) knights?", text, re.IGNORECASE):
+            return sum(world.values()) == int(match[1])
+        if match := re.fullmatch(r"(\w+) would say that (.*)", text):
+            return true(match[2], world) == world[match[1]]
+        for word, function in ((" and ", all), (" or ", any)):
+            if word in text:
+                return function([true(part, world) for part in text.split(word)])
+        name, kind = re.fullmatch(r"(\w+) is a (knight|knave)", text).groups()
+        return world[name] == (kind == "knight")
+
+    kinds = set()
+    for puzzle in puzzles:
+        said = re.findall(r'^(\w+) says: "(.*)\."$', puzzle["problem"], re.MULTILINE)
+        assert 3 <= len(said) <= 5
+        kinds |= {
+            word for _, text in said for word in ("if", "exactly", "would", " and ", " or ") if word in text.lower()
+        }
+        worlds = [dict(zip(dict(said), world)) for world in itertools.product((True, False), repeat=len(said))]
+        [world] = [w for w in worlds if all(true(text, w) == w[name] for name, text in said)]
+        answer = ", ".join(f"{name}: {'knight' if knight else 'knave'}" for name, knight in world.items())
+        assert puzzle["answer"] == answer
+    assert len(kinds) == 5
 
 
 def test_bad_input_gets_one_line_and_exit_code_2(candidates, random_model, tmp_path):
