@@ -50,6 +50,7 @@ import bisect
 import ctypes
 import difflib
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -72,7 +73,7 @@ from torch import nn
 from evaluate import InputError, command_line, read_json
 
 try:
-    from torch.nn.attention.varlen import varlen_attn  # attention over pages of a cache, from torch 2.13
+    from torch.nn.attention.varlen import varlen_attn  # from torch 2.13 on, it reads the pages of a cache
 except ImportError:
     varlen_attn = None
 
@@ -997,7 +998,9 @@ def attend_block(q, k, v, bias):
 
 def use_varlen(device, dtype):
     """Whether attention can read pages by itself: on CUDA, in half precision, with torch 2.13 or later."""
-    return varlen_attn is not None and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    if varlen_attn is None or "block_table" not in inspect.signature(varlen_attn).parameters:
+        return False
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 class DecodeGraphs:
@@ -1033,24 +1036,24 @@ class DecodeGraphs:
         graph.replay()
         return logits[:rows]
 
-    def record(self, size):
+    def decode(self, size):
+        """One token of the first `size` rows of the static inputs -> logits [size, V]."""
         cache = self.cache
+        cache.table, cache.longest, cache.n_rows = self.table[:size], 1, size
+        cache.owner = torch.arange(size, device=cache.device)
+        cache.ends = torch.arange(size + 1, dtype=torch.int32, device=cache.device)
+        cache.place(self.positions[:size])
+        return self.model.logits(self.model(self.ids[:size], self.positions[:size], cache.attend))
 
-        def run():
-            cache.table, cache.longest, cache.n_rows = self.table[:size], 1, size
-            cache.owner = torch.arange(size, device=cache.device)
-            cache.ends = torch.arange(size + 1, dtype=torch.int32, device=cache.device)
-            cache.place(self.positions[:size])
-            return self.model.logits(self.model(self.ids[:size], self.positions[:size], cache.attend))
-
+    def record(self, size):
         side = torch.cuda.Stream()  # a first run outside the recording: libraries set themselves up
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            run()
+            self.decode(size)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            logits = run()
+            logits = self.decode(size)
         self.pool = self.pool or graph.pool()
         return graph, logits
 

@@ -251,6 +251,76 @@ def test_long_prompt_is_read_in_chunks_beside_the_others(tmp_path):
     assert same(results[:1], m.generate(model, [short], keys[:1], params, []))
 
 
+def paged_oracle(q, k, v, ends, _, longest, span, *, window_size, seqused_k, block_table, enable_gqa):
+    """What torch's varlen_attn computes, token by token: q [T, H, D], k and v [pages, page, K, D]."""
+    assert ends.dtype == block_table.dtype == seqused_k.dtype == torch.int32 and enable_gqa
+    assert longest == max(ends.diff()) and span == block_table.shape[1] * k.shape[1]
+    out = torch.zeros_like(q)
+    for row, used in enumerate(seqused_k.tolist()):
+        keys, values = (x[block_table[row].long()].flatten(0, 1)[:used] for x in (k, v))  # [S, K, D]
+        keys, values = (x.repeat_interleave(q.shape[1] // k.shape[2], dim=1) for x in (keys, values))  # [S, H, D]
+        first, end = ends[row].item(), ends[row + 1].item()
+        for t in range(first, end):
+            last = used - (end - t)  # the last position that this token sees
+            start = 0 if window_size[0] < 0 else max(0, last - window_size[0])
+            scores = torch.einsum("hd,shd->hs", q[t], keys[start : last + 1]) * q.shape[-1] ** -0.5
+            out[t] = torch.einsum("hs,shd->hd", scores.softmax(-1), values[start : last + 1])
+    return out
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "mistral-window"])
+def test_the_paths_of_a_gpu(kind, tmp_path, monkeypatch):
+    """Graph and eager decoding over flash attention's pages give the CPU's samples, with stand-ins for what needs CUDA.
+
+    Guards against: wrong tables, lengths or windows for varlen_attn; padding rows, stale inputs or bursts past a row's
+    end in the recorded steps.
+    """
+    name, changes = KINDS[kind]
+    model, _ = m.load(make_folder(tmp_path / "model", name, **{**changes, "max_position_embeddings": 1024}))
+    prompts = [list(range(10, 10 + n)) for n in (5, 290, 33)] + [[7] * 256]
+    keys = [[(3, i, j) for j in range(1 + 2 * i)] for i in range(4)]
+    params = m.SamplingParams(max_new_tokens=27)
+    expected, _ = sampled(model, prompts, keys, params)
+    replays = []
+
+    def record(self, size):
+        logits = self.decode(size).clone()
+
+        class Graph:
+            def replay(_):
+                replays.append(size)
+                logits.copy_(self.decode(size))
+
+        return Graph(), logits
+
+    monkeypatch.setattr(m, "use_varlen", lambda device, dtype: True)
+    monkeypatch.setattr(m, "varlen_attn", paged_oracle)
+    monkeypatch.setattr(m.DecodeGraphs, "record", record)
+    for options in ({"graphs": False}, {"graphs": True}, {"graphs": True, "batch_size": 5}):
+        results, stats = sampled(model, prompts, keys, params, **options)
+        assert same(results, expected) and bool(replays) == options["graphs"]
+        assert stats.generated == sum(len(c.ids) for row in results for c in row)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path):
+    """Graph and eager decoding give the same tokens on CUDA, and log-probabilities near those of the CPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    folder = make_folder(tmp_path / "model", "qwen3", head_dim=64, max_position_embeddings=1024)
+    model, _ = m.load(folder, torch.device("cuda"), torch.bfloat16)
+    prompts, keys = [list(range(10, 10 + n)) for n in (5, 290, 33)], [[(3, i, j) for j in range(4)] for i in range(3)]
+    params = m.SamplingParams(max_new_tokens=40)
+    eager, _ = sampled(model, prompts, keys, params, graphs=False)
+    assert same(sampled(model, prompts, keys, params, graphs=True)[0], eager)
+    for prompt, [completion, *_] in zip(prompts, eager):
+        reference = m.load(folder)[0]
+        with torch.no_grad():
+            log_p = reference.logits(reference(torch.tensor([prompt + completion.ids])))[0].log_softmax(-1)
+        of_cpu = sum(log_p[len(prompt) + i - 1, token].item() for i, token in enumerate(completion.ids))
+        assert completion.logprob == pytest.approx(of_cpu, abs=0.1 * len(completion.ids))
+
+
 def test_packed_model_samples_the_same(random_model):
     """Guards against: the CPU's packed and merged products differing from the plain ones."""
     model, _ = m.load(random_model)
