@@ -44,6 +44,11 @@ for shape in SHAPES.values():
     shape |= {"architectures": ["Qwen2ForCausalLM"], "eos_token_id": 151645}
 
 
+# Memory besides weights and cache: Python and torch's libraries, 2,048 prompt tokens on their way through the layers,
+# the logits of 64 rows.
+CONSTANT = 640 << 20
+
+
 def chat_prompts(args, n):
     """The first n problems, each as the chat prompt of the model in args.model -> lists of token ids."""
     import model as m
@@ -80,6 +85,8 @@ def ours(args):
                     weight.normal_(0, 0.02)
     else:
         model, _ = m.load(args.model, device, dtype)
+    weights = sum(w.nbytes for w in {id(w): w for w in model.parameters()}.values())
+    weights += model.lm_head.weight.nbytes if model.config.tie_embeddings else 0  # packed, beside the embedding
     m.pack(model)
 
     def run(prompts, n, new_tokens, lengths=None, batch_size=512, graphs=True):
@@ -93,7 +100,8 @@ def ours(args):
         seconds = time.perf_counter() - started
         m.Row = row
         cache = stats.peak_pages * stats.page_bytes
-        return {"seconds": seconds, "tokens": stats.generated, "prompt_tokens": stats.prompt_tokens, "cache": cache}
+        counts = {"tokens": stats.generated, "prompt_tokens": stats.prompt_tokens}
+        return {"seconds": seconds, **counts, "cache": cache, "weights": weights}
 
     return run
 
@@ -362,10 +370,11 @@ def properties(args, report):
     done = engine.run(prompts=random_prompts(64, 400), n=1, new_tokens=64)
     peak = engine.ask("memory")["peak"]
     engine.close()
-    found["memory"] = {"before": before, "cache": done["cache"], "peak": peak}
-    rest = peak - before - done["cache"]
-    sizes = [f"{x >> 20} {name}" for x, name in ((before, "before"), (done["cache"], "cache in use"), (rest, "steps"))]
-    print(f"memory, MiB: {', '.join(sizes)}; {peak >> 20} at most")
+    expected = done["weights"] + done["cache"] + CONSTANT
+    found["memory"] = {"before": before, **{k: done[k] for k in ("weights", "cache")}, "peak": peak}
+    sizes = (done["weights"], done["cache"], CONSTANT, peak)
+    sizes = "{} weights + {} cache in use + {} constant, {} at most".format(*(x >> 20 for x in sizes))
+    print(f"memory, MiB: {sizes}; {peak / expected:.2f} of it  (0.9 to 1.1)")
 
 
 def main():
