@@ -674,6 +674,20 @@ def threshold(ordered, params):
     return torch.maximum(lowest, params.min_p * top[:, :1])
 
 
+def nucleus(probs, top_p):
+    """probs [V], numpy -> the smallest of the likeliest that sum to top_p: `threshold`, without sorting them all.
+
+    The upper 16 bits of positive floats are in the order of the floats: they put the tokens into some thousand
+    buckets, and only the bucket in which the sum reaches top_p is sorted.
+    """
+    bucket = probs.view(np.int32) >> 16  # [V]
+    mass = np.bincount(bucket, weights=probs)
+    above = mass[::-1].cumsum()[::-1] - mass  # what the buckets of likelier tokens hold
+    last = np.argmax((above < top_p) & (mass > 0))
+    inside = np.sort(probs[bucket == last])[::-1]  # likeliest first
+    return inside[above[last] + inside.cumsum(dtype=float) - inside < top_p].min(initial=inside[0])
+
+
 def draw(weights, u):
     """weights [B, n] >= 0, u [B, 1] in [0, 1) -> [B, 1], the entries where their running sums pass u of the total.
 
@@ -699,7 +713,7 @@ def sample_token(logits, u, params):
     Draws by inverting the cumulative distribution at u, over the vocabulary in its own order. One random
     number a row, instead of V of them for a Gumbel or multinomial draw, is what lets a sample's randomness
     be drawn beforehand from its key. With filters, most rows keep fewer than 128 tokens and are drawn from these;
-    only the others are sorted whole: for one row of 152k entries a sort takes as long as all else.
+    nothing is sorted whole on a CPU, where that would take as long as all else.
 
     The certainty is KL(uniform || p) = logsumexp(logits) - mean(logits) - log V, in nats at temperature 1 (arXiv
     2502.18581).
@@ -723,9 +737,12 @@ def sample_token(logits, u, params):
         wide = (lowest <= top[:, -1:]).nonzero()[:, 0]  # more may pass; this waits for the device, once a step
         if len(wide):
             rows = probs[wide]
-            # numpy sorts with the CPU's vector instructions, ten times as fast as torch.
-            ordered = torch.from_numpy(np.sort(rows.numpy())) if rows.is_cpu else rows.sort().values
-            token[wide] = draw(torch.where(rows >= threshold(ordered.flip(-1), params), rows, 0.0), u[wide])
+            if rows.is_cpu and not params.top_k:
+                cut = [[nucleus(row, params.top_p) if params.top_p < 1 else 0.0] for row in rows.numpy()]
+                lowest = torch.from_numpy(np.array(cut, dtype=np.float32)).maximum(params.min_p * top[wide, :1])
+            else:
+                lowest = threshold(rows.sort(descending=True).values, params)
+            token[wide] = draw(rows.mul_(rows >= lowest), u[wide])
     else:
         token = draw(probs, u)
     chosen = probs.gather(1, token).log() if params.temperature == 1 else logits.gather(1, token) - norm
