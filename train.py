@@ -114,11 +114,10 @@ class Row:
 def data_stages(args):
     """What makes the files that training needs -> (solve file, refine file, [(stage, its flags)])."""
     folder = Path("runs") / Path(args.model).name
-    candidates, solutions = folder / "train.candidates.jsonl", folder / "teacher.candidates.jsonl"
-    refinements = folder / "teacher.refined.jsonl"
+    names = ("train.candidates.jsonl", "teacher.candidates.jsonl", "teacher.refined.jsonl")
+    candidates, solutions, refinements = (folder / name for name in names)
     common = ["--seed", str(args.seed), "--device", args.device]
-    if args.max_new_tokens:
-        common += ["--max-new-tokens", str(args.max_new_tokens)]
+    common += ["--max-new-tokens", str(args.max_new_tokens)] if args.max_new_tokens else []
     problems = ["--data", args.data] + (["--limit", str(args.limit)] if args.limit else [])
     stages = [
         (sample, ["--model", args.model, *problems, "--n", str(args.n), "--out", str(candidates), *common]),
@@ -150,22 +149,20 @@ def make_rows(path, task, tokenizer, overlaps, args):
             right = [grader.equal(line["answer"], answer) for answer in answers]
         excluded, texts = overlaps(line["problem"]), set()
         for number, completion in enumerate(line["refinements" if task else "candidates"]):
-            text = completion["text"]
             answer = answer_of(completion, completion.get("prompt", "") if task else problem["prompt"])
             wrong = not grader.equal(line["answer"], answer)
             checks = {"excluded": excluded, "cut off": completion.get("finish_reason") == "length"}
-            checks |= {"no answer": wrong and answer is None, "wrong": wrong, "duplicate": text in texts}
-            reason = next((name for name, bad in checks.items() if bad), None)
-            if not reason:
-                texts.add(text)
+            checks |= {"no answer": wrong and answer is None, "wrong": wrong, "duplicate": completion["text"] in texts}
+            if not any(checks.values()):
+                texts.add(completion["text"])
                 row = make_row(task, problem, number, completion, tokenizer, args.max_length)
-                reason = "too long" if row is None else None
-            if not reason and task:
-                shown = [right[i] for i in completion["order"]]
-                row.kind = 0 if not any(shown) else 2 if all(shown) else 1
-                lot = uniforms((args.seed, str(line["id"]), "balance", number), 1)[0]
-                reason = "unbalanced" if lot >= args.balance[row.kind] else None
-            if reason:
+                checks["too long"] = row is None
+                if row and task:
+                    shown = [right[i] for i in completion["order"]]
+                    row.kind = 0 if not any(shown) else 2 if all(shown) else 1
+                    lot = uniforms((args.seed, str(line["id"]), "balance", number), 1)[0]
+                    checks["unbalanced"] = lot >= args.balance[row.kind]
+            if reason := next((name for name, bad in checks.items() if bad), None):
                 dropped[reason] += 1
             else:
                 rows.append(row)
@@ -175,16 +172,16 @@ def make_rows(path, task, tokenizer, overlaps, args):
 
 def make_row(task, problem, number, completion, tokenizer, max_length):
     """A Row, or None where prompt and completion do not fit `max_length` tokens together."""
-    ids = tokenizer.encode_completion(completion["text"])
-    if not task:
-        prompt = tokenizer.encode_chat(sample.SOLVE_PROMPT.format(problem=problem["problem"]))[1]
-        return Row(0, prompt, ids, problem, number) if len(prompt) + len(ids) <= max_length else None
+    ids, order = tokenizer.encode_completion(completion["text"]), completion.get("order")
     try:
-        order = completion["order"]
-        prompt = refine.refinement_prompt(problem, order, tokenizer, max_length, len(ids))[1]
+        if task:
+            prompt = refine.refinement_prompt(problem, order, tokenizer, max_length, len(ids))[1]
+        else:
+            prompt = tokenizer.encode_chat(sample.SOLVE_PROMPT.format(problem=problem["problem"]))[1]
     except InputError:
         return None
-    return Row(1, prompt, ids, problem, number, None if NAMED.search(completion["text"]) else order)
+    order = order if task and not NAMED.search(completion["text"]) else None
+    return Row(task, prompt, ids, problem, number, order) if len(prompt) + len(ids) <= max_length else None
 
 
 def shown_anew(row, epoch, tokenizer, args):
@@ -721,14 +718,18 @@ def main(argv=None):
     args.teacher, args.data, args.lr = args.teacher or teacher, args.data or data, lr if args.lr is None else args.lr
     if not (args.solve or args.refine or args.teacher):
         raise InputError(f"--model {args.model}: not in model.py's table, so give --teacher (or --solve and --refine)")
-    if not (0 < args.lr < math.inf and 0 <= args.weight < math.inf):
-        raise InputError(f"--lr {args.lr} --weight {args.weight}: a rate is above 0, a weight not below it")
-    if not all(0 <= share <= 1 for share in args.balance):
-        raise InputError(f"--balance {' '.join(map(str, args.balance))}: shares are between 0 and 1")
-    if not 0 <= args.validation < math.inf:
-        raise InputError(f"--validation {args.validation}: a share below 1, or a number of problems")
-    if min(args.shown) < 0 or (args.shown[0] or math.inf) > (args.shown[1] or math.inf):
-        raise InputError(f"--shown {args.shown[0]} {args.shown[1]}: from a number to one not below it, or to 0, all")
+    fewest, most = (n or math.inf for n in args.shown)
+    rules = {
+        "lr": (0 < args.lr < math.inf, "a rate is above 0"),
+        "weight": (0 <= args.weight < math.inf, "must not be below 0"),
+        "seed": (args.seed >= 0, "must not be below 0"),
+        "validation": (0 <= args.validation < math.inf, "a share below 1, or a number of problems"),
+        "balance": (all(0 <= share <= 1 for share in args.balance), "shares are between 0 and 1"),
+        "shown": (min(args.shown) >= 0 and fewest <= most, "from a number to one not below it, or to 0, all"),
+    }
+    for name, (good, rule) in rules.items():
+        if not good:
+            raise InputError(f"--{name} {str(getattr(args, name)).strip('[]').replace(',', '')}: {rule}")
     device, _ = pick_device(args.device, "auto")
     source = find_model(args.model)
     config = Config.from_dict(read_json(source / "config.json"))

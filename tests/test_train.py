@@ -557,6 +557,7 @@ def test_bad_input_gets_a_line_before_any_time_is_spent(data, student, tmp_path,
     fails("all of the 6 problems", "--validation", "6")
     fails("--lr 0.0", "--lr", "0")  # not the default
     fails("--weight -1.0", "--weight", "-1")
+    fails("--seed -1", "--seed", "-1")
     lines = read_jsonl(data[1])
     for key in ("answer", "refinements", "candidates", "problem"):
         path = write_rows(tmp_path / "x.jsonl", [lines[0], {k: v for k, v in lines[1].items() if k != key}])
