@@ -207,7 +207,7 @@ def overlap_test(names):
 
     def grams(text):
         words = re.findall(r"\w+", text.lower())
-        return {" ".join(text.split()), *(tuple(words[i : i + 8]) for i in range(len(words) - 7))}
+        return {" ".join(text.lower().split()), *(tuple(words[i : i + 8]) for i in range(len(words) - 7))}
 
     seen = {gram for name in names for row in sample.load_problems(name) for gram in grams(row["problem"])}
     return lambda text: bool(seen) and not seen.isdisjoint(grams(text))
@@ -423,11 +423,8 @@ def start_optimizer(weights, lr):
 
 def tensors(weights, optimizer):
     """The tensors of a checkpoint: each weight with its moments, under its name."""
-    found = {}
-    for name, weight in weights.items():
-        state = optimizer.state[weight]
-        found[name] = {"weight": weight.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-    return found
+    moments = {name: {key: optimizer.state[x][key] for key in ("exp_avg", "exp_avg_sq")} for name, x in weights.items()}
+    return {name: {"weight": weight.detach(), **moments[name]} for name, weight in weights.items()}
 
 
 def whole_checkpoints(folder):
@@ -553,9 +550,6 @@ def train(model, rows, held, tokenizer, args, device, dtype, out, made_by, rank,
         step = [shown_anew(row, epoch, tokenizer, args) for row in epoch_of(rows, args.batch_size, args.seed, epoch)[i]]
         return step, packs_of(step, args.max_length, world)
 
-    def seconds():
-        return round(spent + time.time() - started, 2)
-
     bar = tqdm(range(first, n_steps), desc="train", unit=" steps", initial=first, total=n_steps)
     bar.disable = bar.disable or rank > 0
     caught, signals = [], (signal.SIGINT, signal.SIGTERM)  # asked to stop: after the step, with a checkpoint
@@ -564,50 +558,51 @@ def train(model, rows, held, tokenizer, args, device, dtype, out, made_by, rank,
     with log, ThreadPoolExecutor(1) as pool:
         coming = pool.submit(rows_and_packs, first)
         for number in bar:
-            step, packs = coming.result()
-            coming = pool.submit(rows_and_packs, number + 1)  # tokens of the next step, beside the computing
+            done, (step, packs) = number + 1, coming.result()
+            coming = pool.submit(rows_and_packs, done)  # tokens of the next step, beside the computing
             counts = learned_tokens(step)
             # FSDP takes the mean of the gradients over the processes; ours is a sum.
             scale = weight * world / torch.tensor(counts, device=device).clamp(min=1)  # [2]
             lr = learning_rate(number, n_steps, args.lr, warmup)
             sums, norm = update(model, weights, optimizer, packs[rank::world], scale, lr)
+            # One process may have been asked to stop a step before another: they agree on it here.
             asked = torch.tensor([float(x in caught) for x in signals], device=device)
             *sums, interrupt, terminate = total(torch.cat([sums, asked])).tolist()
-
             if not math.isfinite(norm):
-                raise InputError(f"step {number + 1}: the gradient is not finite; lower --lr and choose another --out")
+                raise InputError(f"step {done}: the gradient is not finite; lower --lr and choose another --out")
+
             means = [s / c if c else None for s, c in zip(sums, counts)]
             lengths = [length_of(row) for row in step]
             seen += sum(lengths)
             work += flops(model.config, sum(lengths), sum(counts), sum(n * n for n in lengths))
-            line = {"step": number + 1, "loss_solve": means[0], "loss_refine": means[1], "lr": lr}
-            line |= {"grad_norm": norm.item(), "padding": padding([packs], world), "tokens": seen, "seconds": seconds()}
-            last, stop = number + 1 == n_steps, bool(interrupt or terminate)
-            if held and (last or (number + 1) % max(1, n_steps // 10) == 0):
+            now = time.time() - started
+            line = {"step": done, "loss_solve": means[0], "loss_refine": means[1], "lr": lr, "grad_norm": norm.item()}
+            line |= {"padding": padding([packs], world), "tokens": seen, "seconds": round(spent + now, 2)}
+            if held and (done == n_steps or done % max(1, n_steps // 10) == 0):
                 found = validate(model, held, args.max_length, device, rank, world)
                 line |= {f"validation_{name}": mean for name, mean in zip(TASKS, found)}
             log.write(json.dumps(line) + "\n")
             log.flush()
-            now = time.time() - started
-            shown = " ".join(f"{name} {mean:.3f}" for name, mean in zip(TASKS, means) if mean is not None)
-            shown += f" {(seen - seen_before) / now:,.0f} tokens/s"
-            bar.set_postfix_str(shown + (f" MFU {work / now / peak / world:.0%}" if peak else ""))
-            if not last and (stop or (number + 1) % args.save_every == 0):
+            shown = [f"{name} {mean:.3f}" for name, mean in zip(TASKS, means) if mean is not None]
+            shown += [f"{(seen - seen_before) / now:,.0f} tokens/s"]
+            bar.set_postfix_str(" ".join(shown + ([f"MFU {work / now / peak / world:.0%}"] if peak else [])))
+            stop = (interrupt or terminate) and done < n_steps
+            if stop or (done % args.save_every == 0 and done < n_steps):
                 sync(log_path) if rank == 0 else None
-                record = {**made_by, "step": number + 1, "tokens": seen, "seconds": seconds()}
-                save_checkpoint(folder, number + 1, tensors(weights, optimizer), record, args.keep, rank)
-            if stop and not last:
+                record = {**made_by, **{key: line[key] for key in ("step", "tokens", "seconds")}}
+                save_checkpoint(folder, done, tensors(weights, optimizer), record, args.keep, rank)
+            if stop:
                 bar.close()
                 if rank == 0:
-                    print(f"stopped, saved at step {number + 1}; the same command goes on from there", file=sys.stderr)
+                    print(f"stopped, saved at step {done}; the same command goes on from there", file=sys.stderr)
                 sys.exit(143 if terminate else 130)
     for number, handler in zip(signals, before):
         signal.signal(number, handler)
     model.eval()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # what Linux counts in KiB
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
-    spent = {"steps": n_steps, "tokens": seen, "seconds": seconds(), "peak_memory": memory}
-    return {**spent, "processes": world, "last": line}
+    spent = {"steps": n_steps, "tokens": seen, "seconds": round(spent + time.time() - started, 2)}
+    return {**spent, "peak_memory": memory, "processes": world, "last": line}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -624,14 +619,14 @@ def dry_run(config, rows, tokenizer, args, device, dtype, world):
     print(f"an epoch: {len(rows)} rows, {tokens:,} tokens, {learned:,} of them learned, {len(steps)} steps")
     print(f"packs: {len(lengths)} of at most {max(lengths):,} tokens, padding {padding(steps, world):.1%}")
 
-    C, F, V, width = config.dim, config.mlp_dim, config.vocab_size, 2 if dtype == torch.bfloat16 else 4
+    C, F, V, L = config.dim, config.mlp_dim, config.vocab_size, config.n_layers
     heads, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    layer = C * (2 * heads + 2 * kv + 3 * F)
-    n_weights = config.n_layers * layer + V * C * (1 if config.tie_embeddings else 2)
-    fixed = 16 * n_weights / world  # weight, gradient and two moments, 4 bytes each
-    kept = width * (6 * C + 3 * heads + 3 * kv + 4 * F)  # what a layer keeps of a token for its gradient
-    kept = width * C * config.n_layers + kept if args.checkpointing else kept * config.n_layers
-    memory = fixed + max(lengths) * kept + 4 * V * C + 3 * 4 * CHUNK
+    n_weights = L * C * (2 * heads + 2 * kv + 3 * F) + V * C * (1 if config.tie_embeddings else 2)
+    # What a layer keeps of a token for its gradient; with --checkpointing its input, and all of one layer.
+    kept = 6 * C + 3 * heads + 3 * kv + 4 * F
+    kept = (C * L + kept if args.checkpointing else kept * L) * dtype.itemsize
+    # A weight, its gradient and two moments take 4 bytes each.
+    memory = 16 * n_weights / world + max(lengths) * kept + 4 * V * C + 3 * 4 * CHUNK
     a, b, times = torch.randn(2048, C, device=device).to(dtype), torch.randn(C, F, device=device).to(dtype), []
     for _ in range(6):
         started = time.time()
@@ -774,8 +769,8 @@ def main(argv=None):
     dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
     if rank == 0:
         print(f"{len(rows)} rows to train on, {len(held)} to validate on")
-        why = {"cpu": "a CPU", "cuda": "a GPU without bfloat16"}.get(device.type, device.type)
-        why = "half the memory traffic, and no loss scaling" if dtype == torch.bfloat16 else f"this is {why}"
+        why = f"this is a {'CPU' if device.type == 'cpu' else 'device that may lack bfloat16'}"
+        why = "half the memory traffic, and no loss scaling" if dtype == torch.bfloat16 else why
         # An update is often smaller than what bfloat16 can add to a weight.
         print(f"weights and optimizer in float32, computing in {str(dtype).removeprefix('torch.')}: {why}")
         if args.dry_run:

@@ -150,7 +150,7 @@ def test_exclusion(tmp_path):
     problems = ["How many legs do three spiders have in all,  if each has eight?", "What is 2 + 3?"]
     path = write_rows(tmp_path / "test.jsonl", [{"problem": text, "answer": "1"} for text in problems])
     overlaps = train.overlap_test([path])
-    assert overlaps("how many legs do three spiders have in all, if each has eight?") and overlaps("What is 2 + 3?")
+    assert overlaps("how many legs do three spiders have in all, if each has eight?") and overlaps("what is 2 + 3?")
     assert overlaps("Tell me: HOW MANY legs do three spiders have in a box")  # eight words in a row
     assert not overlaps("How many legs do three spiders own altogether?") and not overlaps("What is 2 - 3?")
     assert not train.overlap_test([])("What is 2 + 3?")
