@@ -494,11 +494,3 @@ def test_stop_ids_come_from_the_generation_config(tmp_path, random_model):
     assert tokenizer.stop_ids == [0, 2] and tokenizer.end_id == 2
     (folder / "generation_config.json").unlink()
     assert m.load(folder)[1].stop_ids == [2]  # then that of config.json
-
-
-def test_a_device_without_a_number_is_the_process_own_gpu(monkeypatch):
-    """Guards against: --device cuda, which torch.cuda.set_device refuses, and which is GPU 0 for every process."""
-    monkeypatch.setattr(m.torch, "empty", lambda *_, device: None)
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert m.pick_device("cuda", "auto") == (torch.device("cuda:3"), torch.bfloat16)
-    assert m.pick_device("cuda:1", "auto")[0].index == 1 and m.pick_device("cpu", "auto")[1] == torch.float32

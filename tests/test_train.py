@@ -592,6 +592,14 @@ def test_bad_input_gets_a_line_before_any_time_is_spent(data, student, tmp_path,
         train.main(flags_of(stranger, data, other, "--steps", "2", "--save-every", "1"))
 
 
+def test_a_gpu_without_a_number_is_the_process_own(monkeypatch):
+    """Guards against: --device cuda, which torch.cuda.set_device refuses, and which is GPU 0 for every process."""
+    monkeypatch.setattr(m.torch, "empty", lambda *_, device: None)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert m.pick_device("cuda", "auto") == (torch.device("cuda:3"), torch.bfloat16)
+    assert m.pick_device("cuda:1", "auto")[0].index == 1 and m.pick_device("cpu", "auto")[1] == torch.float32
+
+
 def test_missing_data_are_made_and_kept(random_model, tmp_path, monkeypatch, capsys):
     """train.py without --solve and --refine: makes candidates, solutions and refinements, says so, and reuses them."""
     monkeypatch.chdir(tmp_path)
