@@ -37,7 +37,6 @@ Left out: dropout, LoRA, tensor and pipeline parallelism, and packs cut to one l
 """
 
 import argparse
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -52,7 +51,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +100,7 @@ class Row:
     task: int  # index in TASKS
     prompt: list  # token ids that are only read; of a refine row, with the candidates as the teacher saw them
     completion: list  # token ids that are learned, the stop id last
-    problem: dict = None  # its line of the file: id, problem, prompt, candidates
+    problem: dict = None  # of its line of the file: id, problem, prompt and, of a refine row, candidates
     number: int = 0  # which of its problem's completions
     order: list = None  # of a refine row: the candidates that the teacher saw, if others may be shown as well
     kind: int = None  # of a refine row: index in KINDS
@@ -143,7 +142,7 @@ def make_rows(path, task, tokenizer, overlaps, args):
     """The rows that a file gives to a task -> (rows, how many completions were dropped for each of REASONS)."""
     rows, dropped, grader = [], dict.fromkeys(REASONS, 0), Grader()
     for line in read_examples(path, task):
-        problem = {key: line.get(key, "") for key in ("id", "problem", "prompt", "candidates")}
+        problem = {key: line.get(key, "") for key in ("id", "problem", "prompt", *["candidates"][:task])}
         if task:
             answers = [answer_of(candidate, problem["prompt"]) for candidate in line["candidates"]]
             right = [grader.equal(line["answer"], answer) for answer in answers]
@@ -197,7 +196,7 @@ def shown_anew(row, epoch, tokenizer, args):
     order = [row.order[i] for i in np.argsort(u[1:], kind="stable")[: low + int(u[0] * (high - low + 1))]]
     try:
         prompt = refine.refinement_prompt(row.problem, order, tokenizer, args.max_length, len(row.completion))[1]
-        return dataclasses.replace(row, prompt=prompt)
+        return replace(row, prompt=prompt)
     except InputError:  # tokens merge differently in another order: a row that just fitted may not fit now
         return row
 
