@@ -1321,8 +1321,9 @@ def generate(model, prompts, keys, params, stop_ids, **options):
 def pick_device(device, dtype):
     """The flags --device and --dtype -> (torch.device, torch.dtype); "auto" is CUDA and bfloat16 if there is a GPU."""
     if device == "auto":
-        # Of the processes that torchrun starts on a machine, each takes a GPU.
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":  # of the processes that torchrun starts on a machine, each takes a GPU
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:

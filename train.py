@@ -37,7 +37,6 @@ Left out: dropout, LoRA, tensor and pipeline parallelism, and packs cut to one l
 """
 
 import argparse
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -52,7 +51,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +66,19 @@ from tqdm import tqdm
 import refine
 import sample
 from evaluate import Grader, InputError, answer_of, command_line, meta_path, read_json, write_json
-from model import ALIASES, attend_causal, load, pick_device, save, uniforms, use_varlen, varlen_attn
+from model import (
+    ALIASES,
+    Config,
+    Tokenizer,
+    attend_causal,
+    find_model,
+    load,
+    pick_device,
+    save,
+    uniforms,
+    use_varlen,
+    varlen_attn,
+)
 
 # Without torchrun a checkpoint is saved by one process, as it should be.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -75,6 +86,10 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 TASKS = ("solve", "refine")
 KINDS = ("all wrong", "mixed", "all right")  # what the candidates of a refine row are
 CHUNK = 2**25  # logits at a time in the loss: 128 MiB
+# "Candidate 2 is right", or the last one, or the first two: true of the teacher's prompt alone.
+ORDINALS = "first|second|third|fourth|fifth|sixth|seventh|eighth|last"
+NAMED = rf"\b(candidate|solution)s?\W{{1,4}}(\d|(one|two|three|four|{ORDINALS})\b)"
+NAMED = re.compile(rf"{NAMED}|\b({ORDINALS}) (two |three )?(candidate|solution)", re.IGNORECASE)
 REASONS = ("excluded", "cut off", "no answer", "wrong", "duplicate", "too long", "unbalanced")
 
 
@@ -85,7 +100,7 @@ class Row:
     task: int  # index in TASKS
     prompt: list  # token ids that are only read; of a refine row, with the candidates as the teacher saw them
     completion: list  # token ids that are learned, the stop id last
-    problem: dict = None  # its line of the file: id, problem, prompt, candidates
+    problem: dict = None  # of its line of the file: id, problem, prompt and, of a refine row, candidates
     number: int = 0  # which of its problem's completions
     order: list = None  # of a refine row: the candidates that the teacher saw, if others may be shown as well
     kind: int = None  # of a refine row: index in KINDS
@@ -98,11 +113,10 @@ class Row:
 def data_stages(args):
     """What makes the files that training needs -> (solve file, refine file, [(stage, its flags)])."""
     folder = Path("runs") / Path(args.model).name
-    candidates, solutions = folder / "train.candidates.jsonl", folder / "teacher.candidates.jsonl"
-    refinements = folder / "teacher.refined.jsonl"
-    common = ["--seed", str(args.seed), "--device", args.device, "--batch-size", str(args.sample_batch_size)]
-    if args.max_new_tokens:
-        common += ["--max-new-tokens", str(args.max_new_tokens)]
+    names = ("train.candidates.jsonl", "teacher.candidates.jsonl", "teacher.refined.jsonl")
+    candidates, solutions, refinements = (folder / name for name in names)
+    common = ["--seed", str(args.seed), "--device", args.device]
+    common += ["--max-new-tokens", str(args.max_new_tokens)] if args.max_new_tokens else []
     problems = ["--data", args.data] + (["--limit", str(args.limit)] if args.limit else [])
     stages = [
         (sample, ["--model", args.model, *problems, "--n", str(args.n), "--out", str(candidates), *common]),
@@ -115,11 +129,11 @@ def data_stages(args):
 def read_examples(path, task):
     """The lines of a candidates file (task 0) or a refined file (task 1), checked."""
     lines = refine.read_candidates(path, "answer", *["refinements"][:task])
-    for line in lines:
-        for refinement in line["refinements"] if task else []:
-            order = refinement.get("order") if isinstance(refinement, dict) else None
-            candidates = set(range(len(line["candidates"])))
-            if "text" not in refinement or not isinstance(order, list) or not set(order) <= candidates:
+    for line in lines if task else []:
+        numbers, found = range(len(line["candidates"])), line["refinements"]
+        for x in found if isinstance(found, list) else [None]:
+            good = isinstance(x, dict) and isinstance(x.get("text"), str) and isinstance(x.get("order"), list)
+            if not (good and all(i in numbers for i in x["order"])):
                 raise InputError(f"{path}, id {line['id']!r}: a refinement lacks a text or an order of its candidates")
     return lines
 
@@ -128,28 +142,26 @@ def make_rows(path, task, tokenizer, overlaps, args):
     """The rows that a file gives to a task -> (rows, how many completions were dropped for each of REASONS)."""
     rows, dropped, grader = [], dict.fromkeys(REASONS, 0), Grader()
     for line in read_examples(path, task):
-        problem = {key: line.get(key, "") for key in ("id", "problem", "prompt", "candidates")}
+        problem = {key: line.get(key, "") for key in ("id", "problem", "prompt", *["candidates"][:task])}
         if task:
             answers = [answer_of(candidate, problem["prompt"]) for candidate in line["candidates"]]
             right = [grader.equal(line["answer"], answer) for answer in answers]
         excluded, texts = overlaps(line["problem"]), set()
         for number, completion in enumerate(line["refinements" if task else "candidates"]):
-            text = completion["text"]
             answer = answer_of(completion, completion.get("prompt", "") if task else problem["prompt"])
             wrong = not grader.equal(line["answer"], answer)
             checks = {"excluded": excluded, "cut off": completion.get("finish_reason") == "length"}
-            checks |= {"no answer": wrong and answer is None, "wrong": wrong, "duplicate": text in texts}
-            reason = next((name for name, bad in checks.items() if bad), None)
-            if not reason:
-                texts.add(text)
+            checks |= {"no answer": wrong and answer is None, "wrong": wrong, "duplicate": completion["text"] in texts}
+            if not any(checks.values()):
+                texts.add(completion["text"])
                 row = make_row(task, problem, number, completion, tokenizer, args.max_length)
-                reason = "too long" if row is None else None
-            if not reason and task:
-                shown = [right[i] for i in completion["order"]]
-                row.kind = 0 if not any(shown) else 2 if all(shown) else 1
-                lot = uniforms((args.seed, str(line["id"]), "balance", number), 1)[0]
-                reason = "unbalanced" if lot >= args.balance[row.kind] else None
-            if reason:
+                checks["too long"] = row is None
+                if row and task:
+                    shown = [right[i] for i in completion["order"]]
+                    row.kind = 0 if not any(shown) else 2 if all(shown) else 1
+                    lot = uniforms((args.seed, str(line["id"]), "balance", number), 1)[0]
+                    checks["unbalanced"] = lot >= args.balance[row.kind]
+            if reason := next((name for name, bad in checks.items() if bad), None):
                 dropped[reason] += 1
             else:
                 rows.append(row)
@@ -159,18 +171,16 @@ def make_rows(path, task, tokenizer, overlaps, args):
 
 def make_row(task, problem, number, completion, tokenizer, max_length):
     """A Row, or None where prompt and completion do not fit `max_length` tokens together."""
-    ids = tokenizer.encode_completion(completion["text"])
-    if not task:
-        prompt = tokenizer.encode_chat(sample.SOLVE_PROMPT.format(problem=problem["problem"]))[1]
-        return Row(0, prompt, ids, problem, number) if len(prompt) + len(ids) <= max_length else None
+    ids, order = tokenizer.encode_completion(completion["text"]), completion.get("order")
     try:
-        order = completion["order"]
-        prompt = refine.refinement_prompt(problem, order, tokenizer, max_length, len(ids))[1]
+        if task:
+            prompt = refine.refinement_prompt(problem, order, tokenizer, max_length, len(ids))[1]
+        else:
+            prompt = tokenizer.encode_chat(sample.SOLVE_PROMPT.format(problem=problem["problem"]))[1]
     except InputError:
         return None
-    # "Candidate 2 is right" is true of the teacher's prompt alone.
-    named = re.search(r"\bcandidates? (\d|one|two|three|four)", completion["text"], re.IGNORECASE)
-    return Row(1, prompt, ids, problem, number, None if named else order)
+    order = order if task and not NAMED.search(completion["text"]) else None
+    return Row(task, prompt, ids, problem, number, order) if len(prompt) + len(ids) <= max_length else None
 
 
 def shown_anew(row, epoch, tokenizer, args):
@@ -186,7 +196,7 @@ def shown_anew(row, epoch, tokenizer, args):
     order = [row.order[i] for i in np.argsort(u[1:], kind="stable")[: low + int(u[0] * (high - low + 1))]]
     try:
         prompt = refine.refinement_prompt(row.problem, order, tokenizer, args.max_length, len(row.completion))[1]
-        return dataclasses.replace(row, prompt=prompt)
+        return replace(row, prompt=prompt)
     except InputError:  # tokens merge differently in another order: a row that just fitted may not fit now
         return row
 
@@ -196,7 +206,7 @@ def overlap_test(names):
 
     def grams(text):
         words = re.findall(r"\w+", text.lower())
-        return {" ".join(text.split()), *(tuple(words[i : i + 8]) for i in range(len(words) - 7))}
+        return {" ".join(text.lower().split()), *(tuple(words[i : i + 8]) for i in range(len(words) - 7))}
 
     seen = {gram for name in names for row in sample.load_problems(name) for gram in grams(row["problem"])}
     return lambda text: bool(seen) and not seen.isdisjoint(grams(text))
@@ -213,9 +223,9 @@ def split(rows, validation, seed):
     return [r for r in rows if key[id(r)] not in held], [r for r in rows if key[id(r)] in held]
 
 
-def read_rows(solve, refined, tokenizer, args):
+def read_rows(solve, refined, tokenizer, overlaps, args):
     """The files of both tasks -> (rows to train on, rows to validate on, what was found in each file)."""
-    rows, counts, overlaps = [], [], overlap_test(args.exclude)
+    rows, counts = [], []
     for task, path in enumerate((solve, refined)):
         made, dropped = make_rows(path, task, tokenizer, overlaps, args) if path else ([], {})
         kinds = {kind: sum(row.kind == i for row in made) for i, kind in enumerate(KINDS)} if task else {}
@@ -240,8 +250,9 @@ def epoch_of(rows, batch_size, seed, epoch):
     steps = [[] for _ in range(n_steps)]
     for task in range(len(TASKS)):
         of_task = [row for row in rows if row.task == task]
-        for step, part in zip(steps, np.array_split(rng.permutation(len(of_task)), n_steps)):
-            step += [of_task[i] for i in part]
+        parts = np.array_split(rng.permutation(len(of_task)), max(1, min(n_steps, len(of_task))))
+        for place, part in enumerate(parts):  # fewer rows than steps are spread over the epoch
+            steps[place * n_steps // len(parts)] += [of_task[i] for i in part]
     return [step for step in steps if step]
 
 
@@ -374,7 +385,7 @@ def flops(config, tokens, learned, squares):
 
 
 # bfloat16 matrix products, FLOP/s, as the makers state them (without sparsity), by a word in the device's name
-PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40": 181e12, "L4": 121e12, "4090": 165e12}
+PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -411,11 +422,8 @@ def start_optimizer(weights, lr):
 
 def tensors(weights, optimizer):
     """The tensors of a checkpoint: each weight with its moments, under its name."""
-    found = {}
-    for name, weight in weights.items():
-        state = optimizer.state[weight]
-        found[name] = {"weight": weight.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-    return found
+    moments = {name: {key: optimizer.state[x][key] for key in ("exp_avg", "exp_avg_sq")} for name, x in weights.items()}
+    return {name: {"weight": weight.detach(), **moments[name]} for name, weight in weights.items()}
 
 
 def whole_checkpoints(folder):
@@ -526,7 +534,9 @@ def train(model, rows, held, tokenizer, args, device, dtype, out, made_by, rank,
             print(f"{found[-1]}: goes on from there")
     if rank == 0:  # lines of steps that will be done again go
         lines = sample.whole_lines(log_path)[0] if found and log_path.exists() else []
-        log_path.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= first))
+        kept = Path(f"{log_path}.partial")
+        kept.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= first))
+        os.replace(kept, log_path)
 
     per_epoch = len(epoch_of(rows, args.batch_size, args.seed, 0))
     n_steps = args.steps or args.epochs * per_epoch
@@ -539,9 +549,6 @@ def train(model, rows, held, tokenizer, args, device, dtype, out, made_by, rank,
         step = [shown_anew(row, epoch, tokenizer, args) for row in epoch_of(rows, args.batch_size, args.seed, epoch)[i]]
         return step, packs_of(step, args.max_length, world)
 
-    def seconds():
-        return round(spent + time.time() - started, 2)
-
     bar = tqdm(range(first, n_steps), desc="train", unit=" steps", initial=first, total=n_steps)
     bar.disable = bar.disable or rank > 0
     caught, signals = [], (signal.SIGINT, signal.SIGTERM)  # asked to stop: after the step, with a checkpoint
@@ -550,48 +557,51 @@ def train(model, rows, held, tokenizer, args, device, dtype, out, made_by, rank,
     with log, ThreadPoolExecutor(1) as pool:
         coming = pool.submit(rows_and_packs, first)
         for number in bar:
-            step, packs = coming.result()
-            coming = pool.submit(rows_and_packs, number + 1)  # tokens of the next step, beside the computing
+            done, (step, packs) = number + 1, coming.result()
+            coming = pool.submit(rows_and_packs, done)  # tokens of the next step, beside the computing
             counts = learned_tokens(step)
             # FSDP takes the mean of the gradients over the processes; ours is a sum.
             scale = weight * world / torch.tensor(counts, device=device).clamp(min=1)  # [2]
             lr = learning_rate(number, n_steps, args.lr, warmup)
             sums, norm = update(model, weights, optimizer, packs[rank::world], scale, lr)
+            # One process may have been asked to stop a step before another: they agree on it here.
             asked = torch.tensor([float(x in caught) for x in signals], device=device)
             *sums, interrupt, terminate = total(torch.cat([sums, asked])).tolist()
+            if not math.isfinite(norm):
+                raise InputError(f"step {done}: the gradient is not finite; lower --lr and choose another --out")
 
             means = [s / c if c else None for s, c in zip(sums, counts)]
             lengths = [length_of(row) for row in step]
             seen += sum(lengths)
             work += flops(model.config, sum(lengths), sum(counts), sum(n * n for n in lengths))
-            line = {"step": number + 1, "loss_solve": means[0], "loss_refine": means[1], "lr": lr}
-            line |= {"grad_norm": norm.item(), "padding": padding([packs], world), "tokens": seen, "seconds": seconds()}
-            last, stop = number + 1 == n_steps, bool(interrupt or terminate)
-            if held and (last or (number + 1) % max(1, n_steps // 10) == 0):
+            now = time.time() - started
+            line = {"step": done, "loss_solve": means[0], "loss_refine": means[1], "lr": lr, "grad_norm": norm.item()}
+            line |= {"padding": padding([packs], world), "tokens": seen, "seconds": round(spent + now, 2)}
+            if held and (done == n_steps or done % max(1, n_steps // 10) == 0):
                 found = validate(model, held, args.max_length, device, rank, world)
                 line |= {f"validation_{name}": mean for name, mean in zip(TASKS, found)}
             log.write(json.dumps(line) + "\n")
             log.flush()
-            now = time.time() - started
-            shown = " ".join(f"{name} {mean:.3f}" for name, mean in zip(TASKS, means) if mean is not None)
-            shown += f" {(seen - seen_before) / now:,.0f} tokens/s"
-            bar.set_postfix_str(shown + (f" MFU {work / now / peak / world:.0%}" if peak else ""))
-            if not last and (stop or (number + 1) % args.save_every == 0):
+            shown = [f"{name} {mean:.3f}" for name, mean in zip(TASKS, means) if mean is not None]
+            shown += [f"{(seen - seen_before) / now:,.0f} tokens/s"]
+            bar.set_postfix_str(" ".join(shown + ([f"MFU {work / now / peak / world:.0%}"] if peak else [])))
+            stop = (interrupt or terminate) and done < n_steps
+            if stop or (done % args.save_every == 0 and done < n_steps):
                 sync(log_path) if rank == 0 else None
-                record = {**made_by, "step": number + 1, "tokens": seen, "seconds": seconds()}
-                save_checkpoint(folder, number + 1, tensors(weights, optimizer), record, args.keep, rank)
-            if stop and not last:
+                record = {**made_by, **{key: line[key] for key in ("step", "tokens", "seconds")}}
+                save_checkpoint(folder, done, tensors(weights, optimizer), record, args.keep, rank)
+            if stop:
                 bar.close()
                 if rank == 0:
-                    print(f"stopped, saved at step {number + 1}; the same command goes on from there", file=sys.stderr)
+                    print(f"stopped, saved at step {done}; the same command goes on from there", file=sys.stderr)
                 sys.exit(143 if terminate else 130)
     for number, handler in zip(signals, before):
         signal.signal(number, handler)
     model.eval()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # what Linux counts in KiB
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
-    spent = {"steps": n_steps, "tokens": seen, "seconds": seconds(), "peak_memory": memory}
-    return {**spent, "processes": world, "last": line}
+    spent = {"steps": n_steps, "tokens": seen, "seconds": round(spent + time.time() - started, 2)}
+    return {**spent, "peak_memory": memory, "processes": world, "last": line}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -608,14 +618,14 @@ def dry_run(config, rows, tokenizer, args, device, dtype, world):
     print(f"an epoch: {len(rows)} rows, {tokens:,} tokens, {learned:,} of them learned, {len(steps)} steps")
     print(f"packs: {len(lengths)} of at most {max(lengths):,} tokens, padding {padding(steps, world):.1%}")
 
-    C, F, V, width = config.dim, config.mlp_dim, config.vocab_size, 2 if dtype == torch.bfloat16 else 4
+    C, F, V, L = config.dim, config.mlp_dim, config.vocab_size, config.n_layers
     heads, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    layer = C * (2 * heads + 2 * kv + 3 * F)
-    n_weights = config.n_layers * layer + V * C * (1 if config.tie_embeddings else 2)
-    fixed = 16 * n_weights / world  # weight, gradient and two moments, 4 bytes each
-    kept = width * (6 * C + 3 * heads + 3 * kv + 4 * F)  # what a layer keeps of a token for its gradient
-    kept = width * C * config.n_layers + kept if args.checkpointing else kept * config.n_layers
-    memory = fixed + max(lengths) * kept + 4 * V * C + 3 * 4 * CHUNK
+    n_weights = L * C * (2 * heads + 2 * kv + 3 * F) + V * C * (1 if config.tie_embeddings else 2)
+    # What a layer keeps of a token for its gradient; with --checkpointing its input, and all of one layer.
+    kept = 6 * C + 3 * heads + 3 * kv + 4 * F
+    kept = (C * L + kept if args.checkpointing else kept * L) * dtype.itemsize
+    # A weight, its gradient and two moments take 4 bytes each.
+    memory = 16 * n_weights / world + max(lengths) * kept + 4 * V * C + 3 * 4 * CHUNK
     a, b, times = torch.randn(2048, C, device=device).to(dtype), torch.randn(C, F, device=device).to(dtype), []
     for _ in range(6):
         started = time.time()
@@ -662,93 +672,104 @@ def model_card(args, record):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    group = parser.add_argument_group("what")
-    group.add_argument("--model", default="tiny", help="the student: short name, hub id or folder (default: tiny)")
-    group.add_argument("--teacher", help="the larger model that shows how (default: in model.py's table)")
-    group.add_argument("--data", help="training problems, as in sample.py (default: in model.py's table)")
-    group.add_argument("--limit", type=int, help="only the first so many problems")
-    group.add_argument("--n", type=int, default=4, help="candidates a problem (default: 4)")
-    group.add_argument("--solve", metavar="FILE", help="candidates file whose right solutions to learn from")
-    group.add_argument("--refine", metavar="FILE", help="refined file whose right refinements to learn from")
-    group.add_argument("--out", help="folder for the trained model (default: runs/MODEL/trained)")
-    group.add_argument("--dry-run", action="store_true", help="print rows, tokens, steps, memory and time, and stop")
-    group = parser.add_argument_group("which rows")
-    add = group.add_argument
+    add = parser.add_argument_group("what").add_argument
+    add("--model", default="tiny", help="the student: short name, hub id or folder (default: tiny)")
+    add("--teacher", help="the larger model that shows how (default: in model.py's table)")
+    add("--data", help="training problems, as in sample.py (default: in model.py's table)")
+    add("--limit", type=int, help="only the first so many problems")
+    add("--n", type=int, default=4, help="candidates a problem (default: 4)")
+    add("--max-new-tokens", type=int, help="of the data that are made (default: as in sample.py)")
+    add("--solve", metavar="FILE", help="candidates file whose right solutions to learn from")
+    add("--refine", metavar="FILE", help="refined file whose right refinements to learn from")
+    add("--out", help="folder for the trained model (default: runs/MODEL/trained)")
+    add("--dry-run", action="store_true", help="print rows, tokens, steps, memory and time, and stop")
+    add = parser.add_argument_group("which rows").add_argument
     add("--exclude", nargs="*", default=[], metavar="FILE", help="drop problems that share 8 words in a row with these")
     add("--validation", type=float, default=0.02, help="problems held back: a share, or a number (default: 0.02)")
     # All wrong: to solve afresh. Mixed: to compare. All right: to copy, which is easy, and good students have many.
     shares, numbers = {"nargs": 3, "type": float, "default": [1, 1, 0.5]}, {"nargs": 2, "type": int, "default": [0, 0]}
     add("--balance", **shares, metavar="SHARE", help="kept of all wrong, mixed, all right refine rows (1 1 0.5)")
     add("--shown", **numbers, metavar="N", help="candidates in a prompt, at least and at most; 0 for all (0 0)")
-    group = parser.add_argument_group("how")
-    group.add_argument("--weight", type=float, default=1.0, help="of the refinement loss (default: 1)")
-    group.add_argument("--lr", type=float, help="peak learning rate (default: in model.py's table, else 1e-5)")
-    group.add_argument("--epochs", type=int, default=2, help="passes over the rows (default: 2)")
-    group.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
-    group.add_argument("--batch-size", type=int, default=32, help="rows a step (default: 32)")
+    add = parser.add_argument_group("how").add_argument
+    add("--weight", type=float, default=1.0, help="of the refinement loss (default: 1)")
+    add("--lr", type=float, help="peak learning rate (default: in model.py's table, else 1e-5)")
+    add("--epochs", type=int, default=2, help="passes over the rows (default: 2)")
+    add("--steps", type=int, help="optimizer steps, instead of --epochs")
     # A step takes as many packs as it needs and adds up their gradients.
-    group.add_argument("--max-length", type=int, help="tokens of a row, and of a pack (default: 4096, or the context)")
-    group.add_argument("--checkpointing", action="store_true", help="compute activations twice to save their memory")
-    group.add_argument("--save-every", type=int, default=200, metavar="STEPS", help="checkpoint (default: 200)")
-    group.add_argument("--keep", type=int, default=2, help="checkpoints that are kept, the newest (default: 2)")
-    group.add_argument("--sample-batch-size", type=int, default=128, help="sequences decoded together (default: 128)")
-    group.add_argument("--max-new-tokens", type=int, help="of the data that are made (default: as in sample.py)")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--device", default="auto", help="auto: CUDA if there is a GPU, else cpu")
+    add("--batch-size", type=int, default=32, help="rows a step (default: 32)")
+    add("--max-length", type=int, help="tokens of a row, and of a pack (default: 4096, or the context)")
+    add("--checkpointing", action="store_true", help="compute activations twice to save their memory")
+    add("--save-every", type=int, default=200, metavar="STEPS", help="checkpoint (default: 200)")
+    add("--keep", type=int, default=2, help="checkpoints that are kept, the newest (default: 2)")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", help="auto: CUDA if there is a GPU, else cpu")
     args = parser.parse_args(argv)
-    sizes = ("limit", "n", "epochs", "steps", "batch_size", "max_length", "save_every", "keep", "sample_batch_size")
+
+    # What can be wrong is looked at before any time is spent.
+    sizes = ("limit", "n", "max_new_tokens", "epochs", "steps", "batch_size", "max_length", "save_every", "keep")
     sample.check_sizes(args, *sizes)
     _, teacher, data, lr = ALIASES.get(args.model, (None, None, "gsm8k-train", 1e-5))
-    args.teacher, args.data, args.lr = args.teacher or teacher, args.data or data, args.lr or lr
-    out = Path(args.out or f"runs/{Path(args.model).name}/trained")
-    if not (args.solve or args.refine) and not args.teacher:
+    args.teacher, args.data, args.lr = args.teacher or teacher, args.data or data, lr if args.lr is None else args.lr
+    if not (args.solve or args.refine or args.teacher):
         raise InputError(f"--model {args.model}: not in model.py's table, so give --teacher (or --solve and --refine)")
-    if not all(0 <= share <= 1 for share in args.balance):
-        raise InputError(f"--balance {' '.join(map(str, args.balance))}: shares are between 0 and 1")
-    if args.validation < 0:
-        raise InputError(f"--validation {args.validation}: a share below 1, or a number of problems")
-    if min(args.shown) < 0 or (args.shown[0] or math.inf) > (args.shown[1] or math.inf):
-        raise InputError(f"--shown {args.shown[0]} {args.shown[1]}: from a number to one not below it, or to 0, all")
+    fewest, most = (n or math.inf for n in args.shown)
+    rules = {
+        "lr": (0 < args.lr < math.inf, "a rate is above 0"),
+        "weight": (0 <= args.weight < math.inf, "must not be below 0"),
+        "seed": (args.seed >= 0, "must not be below 0"),
+        "validation": (0 <= args.validation < math.inf, "a share below 1, or a number of problems"),
+        "balance": (all(0 <= share <= 1 for share in args.balance), "shares are between 0 and 1"),
+        "shown": (min(args.shown) >= 0 and fewest <= most, "from a number to one not below it, or to 0, all"),
+    }
+    for name, (good, rule) in rules.items():
+        if not good:
+            raise InputError(f"--{name} {str(getattr(args, name)).strip('[]').replace(',', '')}: {rule}")
     device, _ = pick_device(args.device, "auto")
-    # Into the machine's own memory, also for a GPU: see prepare().
-    model, tokenizer = load(args.model, "cpu", torch.float32)
-    config = model.config
+    source = find_model(args.model)
+    config = Config.from_dict(read_json(source / "config.json"))
     if (args.max_length or 0) > config.context:
         raise InputError(f"--max-length {args.max_length}: the context of {args.model} is {config.context}; lower it")
     args.max_length = args.max_length or min(4096, config.context)
+    overlaps, tokenizer = overlap_test(args.exclude), Tokenizer(source, config)
 
     # The data, and the rows in them.
+    first, out = os.environ.get("RANK", "0") == "0", Path(args.out or f"runs/{Path(args.model).name}/trained")
     solve, refined, stages = args.solve, args.refine, []
     if not (solve or refined):
         solve, refined, stages = data_stages(args)
+        if not args.dry_run:
+            find_model(args.teacher)  # there, before the student samples for hours
     for stage, flags in stages:
-        if os.environ.get("RANK", "0") == "0":
+        if first:
             print(f"python {Path(stage.__file__).name} {' '.join(flags)}")
         if not args.dry_run:
             stage.main(flags)
     if stages and not (solve.exists() and refined.exists()):
-        return print("the rows are made by these commands; once they have run, --dry-run can count them")
+        message = "the rows are made by these commands; once they have run, --dry-run can count them"
+        return print(message) if first else None
+    if not args.dry_run:
+        # Into the machine's own memory, also for a GPU: see prepare().
+        model, _ = load(args.model, "cpu", torch.float32)
+        made = read_json(meta_path(refined)) if refined and meta_path(refined).exists() else {}
+        known = [model.fingerprint(kind) for kind in (torch.float32, torch.bfloat16, torch.float16)]
+        if made.get("candidates_by") and made["candidates_by"] not in known:
+            raise InputError(
+                f"--refine {refined}: refines candidates of another model ({made['candidates_by']}) than {args.model} "
+                f"({known[0]}); refine this one's, or delete {meta_path(refined)} to learn from them all the same"
+            )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     rank, world, _, _ = sample.processes(device, f"train {out}")
-
     # One process reads and grades: two that grade by themselves might not agree on a slow answer.
-    box = [read_rows(solve, refined, tokenizer, args)] if rank == 0 else [None]
+    box = [read_rows(solve, refined, tokenizer, overlaps, args)] if rank == 0 else [None]
     if world > 1:
         dist.broadcast_object_list(box)
     rows, held, counts = box[0]
-    made = read_json(meta_path(refined)) if refined and meta_path(refined).exists() else {}
-    known = [model.fingerprint(kind) for kind in (torch.float32, torch.bfloat16, torch.float16)]
-    if made.get("candidates_by") and made["candidates_by"] not in known:
-        raise InputError(
-            f"--refine {refined}: refines candidates of another model ({made['candidates_by']}) than {args.model} "
-            f"({known[0]}); refine this one's, or delete {meta_path(refined)} to learn from them all the same"
-        )
     dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
     if rank == 0:
         print(f"{len(rows)} rows to train on, {len(held)} to validate on")
-        why = {"cpu": "a CPU", "cuda": "a GPU without bfloat16"}.get(device.type, device.type)
-        why = "half the memory traffic, and no loss scaling" if dtype == torch.bfloat16 else f"this is {why}"
+        why = f"this is a {'CPU' if device.type == 'cpu' else 'device that may lack bfloat16'}"
+        why = "half the memory traffic, and no loss scaling" if dtype == torch.bfloat16 else why
         # An update is often smaller than what bfloat16 can add to a weight.
         print(f"weights and optimizer in float32, computing in {str(dtype).removeprefix('torch.')}: {why}")
         if args.dry_run:
@@ -781,7 +802,7 @@ def main(argv=None):
         draw_losses(Path(f"{out}.metrics.jsonl"), f"{out}.loss.png")
         write_json(meta_path(out), {**record, "complete": True})
     # Saved as float32: rounded to bfloat16, weights that moved by less than half a step of it would not have moved.
-    save(model, out, tokenizer.folder, model_card(args, record))
+    save(model, out, source, model_card(args, record))
     if rank == 0:
         print(f"{out}: a Hugging Face folder; losses in {out}.metrics.jsonl and {out}.loss.png")
     if dist.is_initialized():

@@ -129,6 +129,7 @@ def theirs(args):
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**SHAPES[args.model]))
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    model.config.use_cache = False  # as its Trainer sets it: else keys and values are copied into a cache
     return model.float().train().to("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 

@@ -136,9 +136,13 @@ def test_candidates_are_shown_anew_each_epoch(data, random_model):
     assert all(len({tuple(epoch[i]) for epoch in epochs}) > 2 for i in range(6))
     assert all(train.shown_anew(row, 1, tokenizer, settings()).prompt != row.prompt for row in rows[:1])
 
-    problem, refinement = rows[0].problem, {"text": "Candidate 2 has it: \\boxed{0}", "order": [2, 0, 1]}
-    named = train.make_row(1, problem, 0, refinement, tokenizer, 1024)
-    assert all(train.shown_anew(named, epoch, tokenizer, args) is named for epoch in range(5))
+    names = ("Candidate 2", "candidate #3", "Solution **1**", "The first candidate", "Of the last two solutions, one")
+    for name in names:
+        refinement = {"text": f"{name} has it: \\boxed{{0}}", "order": [2, 0, 1]}
+        named = train.make_row(1, rows[0].problem, 0, refinement, tokenizer, 1024)
+        assert all(train.shown_anew(named, epoch, tokenizer, args) is named for epoch in range(5)), name
+    free = {"text": "The equation has two solutions, and no candidate has both.", "order": [2, 0, 1]}
+    assert train.make_row(1, rows[0].problem, 0, free, tokenizer, 1024).order == [2, 0, 1]
 
 
 def test_exclusion(tmp_path):
@@ -146,7 +150,7 @@ def test_exclusion(tmp_path):
     problems = ["How many legs do three spiders have in all,  if each has eight?", "What is 2 + 3?"]
     path = write_rows(tmp_path / "test.jsonl", [{"problem": text, "answer": "1"} for text in problems])
     overlaps = train.overlap_test([path])
-    assert overlaps("how many legs do three spiders have in all, if each has eight?") and overlaps("What is 2 + 3?")
+    assert overlaps("how many legs do three spiders have in all, if each has eight?") and overlaps("what is 2 + 3?")
     assert overlaps("Tell me: HOW MANY legs do three spiders have in a box")  # eight words in a row
     assert not overlaps("How many legs do three spiders own altogether?") and not overlaps("What is 2 - 3?")
     assert not train.overlap_test([])("What is 2 + 3?")
@@ -279,6 +283,9 @@ def test_epochs_hold_every_row_once_and_both_tasks_in_each_step():
     assert sorted(row.prompt[0] for step in steps for row in step) == list(range(50))
     assert all({row.task for row in step} == {0, 1} and 7 <= len(step) <= 10 for step in steps)
     assert steps != train.epoch_of(rows, 8, 0, 1) and steps == train.epoch_of(rows, 8, 0, 0)
+    # Guards against: the few rows of a task all at the beginning, which the rest of the epoch forgets.
+    few = [train.Row(int(i >= 75), [i], [i]) for i in range(80)]
+    assert [i for i, step in enumerate(train.epoch_of(few, 4, 0, 0)) if any(r.task for r in step)] == [0, 4, 8, 12, 16]
 
 
 def test_packs():
@@ -335,6 +342,8 @@ def assert_same_losses(one, other, tolerance):
     for a, b in zip(*lines):
         for key in ("loss_solve", "loss_refine", *(k for k in a if k.startswith("validation"))):
             assert a[key] == pytest.approx(b[key], abs=tolerance)
+        # AdamW hides a gradient that is a mean over the processes where it should be a sum.
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=10 * tolerance)
 
 
 @pytest.mark.parametrize("room", ["1024", "520"])  # one pack for each of two ranks or fewer; several, accumulated
@@ -377,6 +386,40 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(data, student, tmp_p
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert_same_losses(tmp_path / "whole", out, 0)
     assert sorted(path.name for path in folder.iterdir()) == ["step-28", "step-29"]
+
+
+def test_a_kill_while_the_log_is_cut_back_loses_none_of_it(student, tmp_path, monkeypatch):
+    """Guards against: a metrics.jsonl emptied by a kill at the start, so that its first steps are never seen again."""
+    rows, flags, write = rows_of(*ROWS), {"steps": 6, "save_every": 2}, Path.write_text
+    run_train(student, rows, tmp_path / "a", **flags)
+    before = read_jsonl(tmp_path / "a.metrics.jsonl")
+
+    def killed(path, text, *more, **options):
+        write(path, text[: len(text) // 2], *more, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_train(student, rows, tmp_path / "a", **flags)
+    monkeypatch.undo()
+    _, lines = run_train(student, rows, tmp_path / "a", **flags)
+    assert [line["step"] for line in lines] == list(range(1, 7))
+    assert [line["loss_solve"] for line in lines] == [line["loss_solve"] for line in before]
+
+
+def test_a_gradient_that_is_not_finite_ends_training(student, tmp_path, monkeypatch):
+    """Guards against: weights of NaN that are trained on for hours, and saved over the last good checkpoint."""
+    update = train.update
+
+    def fourth_fails(*given):
+        sums, norm = update(*given)
+        return sums, norm * math.nan if given[-1] == train.learning_rate(3, 9, 1e-3, 1) else norm
+
+    monkeypatch.setattr(train, "update", fourth_fails)
+    with pytest.raises(InputError, match="step 4: the gradient is not finite"):
+        run_train(student, rows_of(*ROWS), tmp_path / "a", steps=9, save_every=1)
+    assert [path.name for path in train.whole_checkpoints(tmp_path / "a.checkpoints")] == ["step-2", "step-3"]
+    assert len(read_jsonl(tmp_path / "a.metrics.jsonl")) == 3
 
 
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -484,7 +527,9 @@ def test_dry_run(data, student, tmp_path, capsys, monkeypatch):
     """It prints what there would be to do, and writes nothing."""
     monkeypatch.chdir(tmp_path)
     flags = flags_of(student, data, tmp_path / "out", "--epochs", "3")
-    train.main([*flags, "--dry-run"])
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "load", lambda *_: pytest.fail("it read weights that it does not need"))
+        train.main([*flags, "--dry-run"])
     printed = capsys.readouterr().out
     assert re.search(r"an epoch: 10 rows, [\d,]+ tokens, [\d,]+ of them learned, 2 steps", printed)
     assert "padding 0.0%" in printed and re.search(r"6 steps: about [\d.]+ GiB a process and [\d.]+ minutes", printed)
@@ -512,12 +557,21 @@ def test_bad_input_gets_a_line_before_any_time_is_spent(data, student, tmp_path,
     fails("--shown 3 2", "--shown", "3", "2")
     fails("--exclude|no such file", "--exclude", str(tmp_path / "nothing"))
     fails("all of the 6 problems", "--validation", "6")
+    fails("--lr 0.0", "--lr", "0")  # not the default
+    fails("--weight -1.0", "--weight", "-1")
+    fails("--seed -1", "--seed", "-1")
     lines = read_jsonl(data[1])
     for key in ("answer", "refinements", "candidates", "problem"):
         path = write_rows(tmp_path / "x.jsonl", [lines[0], {k: v for k, v in lines[1].items() if k != key}])
         fails(f"line 2: no '{key}'", files=(data[0], path))
-    path = write_rows(tmp_path / "x.jsonl", [{**lines[0], "refinements": [{"text": "a", "order": [0, 7]}]}])
-    fails("lacks a text or an order", files=(data[0], path))
+    for bad in ([{"text": "a", "order": [0, 7]}], [{"text": "a", "order": [[0]]}], [{"order": [0]}], [7], None):
+        path = write_rows(tmp_path / "x.jsonl", [{**lines[0], "refinements": bad}])
+        fails("lacks a text or an order", files=(data[0], path))
+    monkeypatch.chdir(tmp_path)
+    for match, *more in (("nothing", "--exclude", "nothing"), ("no such folder", "--teacher", "./nothing")):
+        with pytest.raises(InputError, match=match):  # here it would sample first
+            train.main(["--model", str(student), "--teacher", str(student), *more])
+    assert not Path("runs").exists()
     wrong = write_rows(tmp_path / "x.jsonl", [{**line, "answer": "5555"} for line in lines])
     fails("no right solution or refinement", files=(wrong, wrong))
 
@@ -525,7 +579,9 @@ def test_bad_input_gets_a_line_before_any_time_is_spent(data, student, tmp_path,
     for weights, good in (("0123456789abcdef", False), (m.load(student)[0].fingerprint(torch.bfloat16), True)):
         meta_path(path).write_text(json.dumps({"candidates_by": weights}))
         if not good:
-            fails("candidates of another model", files=(data[0], path))
+            with monkeypatch.context() as patch:
+                patch.setattr(train, "read_rows", lambda *_: pytest.fail("it graded"))
+                fails("candidates of another model", files=(data[0], path))
     monkeypatch.undo()
     train.main(flags_of(student, (data[0], path), out, "--steps", "2", "--save-every", "1"))
 
@@ -536,6 +592,14 @@ def test_bad_input_gets_a_line_before_any_time_is_spent(data, student, tmp_path,
     stranger = make_folder(tmp_path / "stranger", "qwen2", seed=9, max_position_embeddings=1024)
     with pytest.raises(InputError, match="step-1: exists, and was made with student"):
         train.main(flags_of(stranger, data, other, "--steps", "2", "--save-every", "1"))
+
+
+def test_a_gpu_without_a_number_is_the_process_own(monkeypatch):
+    """Guards against: --device cuda, which torch.cuda.set_device refuses, and which is GPU 0 for every process."""
+    monkeypatch.setattr(m.torch, "empty", lambda *_, device: None)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert m.pick_device("cuda", "auto") == (torch.device("cuda:3"), torch.bfloat16)
+    assert m.pick_device("cuda:1", "auto")[0].index == 1 and m.pick_device("cpu", "auto")[1] == torch.float32
 
 
 def test_missing_data_are_made_and_kept(random_model, tmp_path, monkeypatch, capsys):
