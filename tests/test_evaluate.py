@@ -692,7 +692,7 @@ def test_large_report_takes_little_time_and_memory(tmp_path):
         (json.dumps({**refined_row("a", ["1", "1"], ["1"]), "candidates": None}) + "\n", "its 'candidates' are empty"),
         (
             json.dumps(refined_row("a", ["1", "1"], ["1"])).replace("-1.0", '"?"'),
-            "id 'a': not all of its n_tokens, logprob",
+            "id 'a': not all of its logprob are numbers",
         ),
         (json.dumps(refined_row("a", ["1"], ["1"])), "id 'a': the order [0, 1] is not one of its 1 candidates"),
         (json.dumps(refined_row(None, ["1", "1"], ["1"])), "line 1: no 'id' in it"),
