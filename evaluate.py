@@ -49,6 +49,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
 # Files and errors, shared by all stages
@@ -90,10 +91,9 @@ def each_row(path, keys=()):
                 for key in keys:
                     if key not in row or (key == "id" and row["id"] is None):
                         raise InputError(f"{path}, line {number}: no {key!r} in it, only {', '.join(row)}")
-                name = row.get("id")
+                name, rows = row.get("id"), rows + 1
                 if name is not None and (first := seen.setdefault(str(name), number)) != number:
                     raise InputError(f"{path}, line {number}: id {name!r} already stands on line {first}")
-                rows += 1
                 yield row
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})")
@@ -155,17 +155,11 @@ def extract_answer(text):
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
-    depth, i = 0, start + len("\\boxed")
-    while i < len(text):
-        if text[i] == "\\":  # \{ and \} are characters of the answer
-            i += 1
-        elif text[i] == "{":
-            depth += 1
-        elif text[i] == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start + len("\\boxed{") : i].strip() or None
-        i += 1
+    depth, start = 0, start + len("\\boxed")
+    for mark in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):  # \{ and \} are characters of the answer
+        depth += {"{": 1, "}": -1}.get(mark[0], 0)
+        if depth == 0:
+            return text[start + 1 : start + mark.start()].strip() or None
     return None
 
 
@@ -310,11 +304,12 @@ class Grader:
             self.stuck.add(pair)
         return bool(self.known[pair])
 
-    def grade(self, pairs, progress=None):
-        """Ask math-verify about all `pairs` of (gold, answer) that it has not been asked about, in parallel."""
+    def grade(self, pairs, what=None):
+        """Ask math-verify about all `pairs` of (gold, answer) that are not known, in parallel; `what`: of a bar."""
         pairs = {(tidy(gold), tidy(answer)) for gold, answer in pairs}
         todo = deque(sorted(pair for pair in pairs if pair not in self.known and by_form(*pair) is None))
-        total, busy = len(todo), {}  # file descriptor -> (worker, pair)
+        busy = {}  # file descriptor -> (worker, pair)
+        bar = tqdm(desc=f"grade {what}", total=len(todo), unit=" comparisons", disable=what is None or not todo)
         while todo or busy:
             while todo and len(busy) < (os.cpu_count() or 1):
                 worker, pair = self.workers.pop() if self.workers else self.start(), todo.popleft()
@@ -330,8 +325,6 @@ class Grader:
                 if reply == b"ready\n":  # all start at once, and each says so before its first grade
                     worker.ready = True
                     continue
-                if not worker.ready:
-                    raise RuntimeError("a grading process did not start; is math-verify installed?")
                 del busy[descriptor]
                 self.known[pair] = {b"1\n": True, b"0\n": False}.get(reply)
                 if self.known[pair] is None:  # too slow, out of memory, or crashed
@@ -340,20 +333,20 @@ class Grader:
                     self.workers.append(worker)
                 if self.file:
                     self.file.write((json.dumps([*pair, self.known[pair]]) + "\n").encode())
-                if progress:
-                    progress(total - len(todo) - len(busy), total)
+                bar.update()
+        bar.close()
 
     def start(self):
-        command = [sys.executable, __file__, "--grading-worker", str(self.limit)]
-        worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        command, pipe = [sys.executable, __file__, "--grading-worker", str(self.limit)], subprocess.PIPE
+        worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0)
         worker.ready = False
         return worker
 
     def stop(self, worker):
         worker.kill()
-        worker.wait()
-        worker.stdin.close()
-        worker.stdout.close()
+        worker.communicate()  # waits, and closes its pipes
+        if not worker.ready:
+            raise RuntimeError("a grading process did not start; is math-verify installed?")
 
     def close(self):
         while self.workers:
@@ -577,16 +570,14 @@ def spearman(x, y):
         values = np.asarray(values, dtype=float)
         return (values[:, None] > values).sum(1) + ((values[:, None] == values).sum(1) + 1) / 2
 
-    n, a, b = len(x), ranks(x), ranks(y)
-    if n < 3 or a.std() == 0 or b.std() == 0:
-        return {"models": n, "spearman": None, "ci95": None}
-    r = float(np.clip(np.corrcoef(a, b)[0, 1], -1, 1))
-    if n < 4:
-        return {"models": n, "spearman": r, "ci95": None}
-    bound = 1 - 6 / (n**3 - n)
-    z = math.atanh(min(max(r, -bound), bound))
-    half = 1.96 * math.sqrt((1 + r * r / 2) / (n - 3))
-    return {"models": n, "spearman": r, "ci95": [min(r, math.tanh(z - half)), max(r, math.tanh(z + half))]}
+    n, a, b, r, ends = len(x), ranks(x), ranks(y), None, None
+    if n >= 3 and a.std() > 0 and b.std() > 0:
+        r = float(np.clip(np.corrcoef(a, b)[0, 1], -1, 1))
+    if r is not None and n >= 4:
+        bound = 1 - 6 / (n**3 - n)
+        z, half = math.atanh(min(max(r, -bound), bound)), 1.96 * math.sqrt((1 + r * r / 2) / (n - 3))
+        ends = [min(r, math.tanh(z - half)), max(r, math.tanh(z + half))]
+    return {"models": n, "spearman": r, "ci95": ends}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -614,6 +605,13 @@ class Outcomes:
     order: np.ndarray  # [S, P, K, N]: which candidate stood at which place of the prompt, -1 for none
 
 
+# What a file calls some of these numbers.
+OF_CANDIDATES = dict(
+    tokens="n_tokens", logprob="logprob", certainty="self_certainty", score="score", cut="finish_reason"
+)
+OF_REFINEMENTS = dict(refined_tokens="n_tokens", refined_cut="finish_reason", refined_prompt_tokens="n_prompt_tokens")
+
+
 def completions(row, key, where):
     """The candidates or refinements of a row; InputError where there are none, or they are something else."""
     items = row[key] if isinstance(row[key], list) else []
@@ -625,8 +623,9 @@ def completions(row, key, where):
 
 def numbers(items, key, where):
     """A number about each of some candidates or refinements; a missing one is nan."""
-    ends = {"length": 1, "stop": 0}
-    values = [ends.get(item.get(key)) if key == "finish_reason" else item.get(key) for item in items]
+    values = [item.get(key) for item in items]
+    if key == "finish_reason":
+        values = [{"length": 1, "stop": 0}.get(value) for value in values]
     try:
         return np.array(values, dtype=float)
     except (TypeError, ValueError):
@@ -660,15 +659,9 @@ def read_refined(path):
             "answer": str(row["answer"]),
             "answers": [answer_of(c, row.get("prompt", "")) for c in candidates],
             "refinements": [answer_of(r, r.get("prompt", "")) for r in refinements],
-            "tokens": numbers(candidates, "n_tokens", where),
-            "logprob": numbers(candidates, "logprob", where),
-            "certainty": numbers(candidates, "self_certainty", where),
-            "score": numbers(candidates, "score", where),
-            "cut": numbers(candidates, "finish_reason", where),
             "prompt_tokens": numbers([row], "n_prompt_tokens", where),
-            "refined_tokens": numbers(refinements, "n_tokens", where),
-            "refined_cut": numbers(refinements, "finish_reason", where),
-            "refined_prompt_tokens": numbers(refinements, "n_prompt_tokens", where),
+            **{field: numbers(candidates, key, where) for field, key in OF_CANDIDATES.items()},
+            **{field: numbers(refinements, key, where) for field, key in OF_REFINEMENTS.items()},
             "order": order,
         }
     if skipped:
@@ -691,7 +684,7 @@ def check_same_problems(paths, files):
                 raise InputError(f"{path}, id {identity!r}: another right answer than in {paths[0]}")
 
 
-def grade_files(files, grader, progress=None):
+def grade_files(files, grader, what=None):
     """Several files about the same problems: a list of what read_refined gave -> Outcomes."""
     S, P = len(files), len(files[0])
     found = []  # of each problem: the right answer, all candidates' [S * N], all refinements' [S * K]
@@ -701,9 +694,9 @@ def grade_files(files, grader, progress=None):
     # math-verify is asked in two rounds, so that its processes have all there is to do at once: which answers are
     # right, and which of the wrong ones are the same.
     pairs = [[(gold, a) for a in distinct(answers, more).values()] for gold, answers, more in found]
-    grader.grade(itertools.chain(*pairs), progress)
+    grader.grade(itertools.chain(*pairs), what)
     wrong = [[a for gold, a in some if not grader.equal(gold, a)] for some in pairs]
-    grader.grade((pair for some in wrong for pair in itertools.permutations(some, 2)), progress)
+    grader.grade((pair for some in wrong for pair in itertools.permutations(some, 2)), what)
 
     number = np.array([classes(gold, answers, grader, more) for gold, answers, more in found], dtype=np.int16)
     parts = np.split(number, [len(found[0][1])], 1)  # [P, S * N], [P, S * K]
@@ -808,13 +801,12 @@ def report_row(name, x, metas):
     same_cost = equal_cost(x, maj_at if S == 1 else majority_at_k(pool))
 
     columns = {method: credit.mean(0) for method, (credit, _) in methods.items()}  # [P] each, over seeds
-    columns.update({cost: credit for cost, (_, credit, _) in same_cost.items() if credit is not None})
+    columns |= {cost: credit for cost, (_, credit, _) in same_cost.items() if credit is not None}
     draws = dict(zip(columns, bootstrap(np.stack(list(columns.values()), 1)).T))  # [draws] each
-    difference = columns["refined"] - columns["maj@N"]
-    of_seeds = (refined - maj).mean(1)  # [S]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        relative = draws["refined"] / draws["maj@N"] - 1
+    difference, of_seeds = columns["refined"] - columns["maj@N"], (refined - maj).mean(1)  # [P], [S]
     better, worse, p = mcnemar(difference)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = (draws["refined"] - draws["maj@N"]) / draws["maj@N"]
 
     def against(other):  # the gap between the refinement and some vote
         return {"points": mean(columns["refined"] - columns[other]), "ci95": interval(draws["refined"] - draws[other])}
@@ -823,21 +815,18 @@ def report_row(name, x, metas):
         total = round(float(values[at].sum()), 6)
         return [int(total) if total.is_integer() else total, int(at.sum())]
 
-    def both(candidates, refinements):
-        return {"candidates": mean(candidates), "refinements": mean(refinements)}
+    def both(of_candidates, of_refinements):
+        return {"candidates": mean(of_candidates), "refinements": mean(of_refinements)}
 
-    def seconds(stage):
-        known = [meta["seconds"][stage] for meta in metas]
-        return None if None in known else sum(known) / (S * P)
-
+    known = zip(*(meta["seconds"] for meta in metas))  # of sampling, of refining
+    sampling, refining = (None if None in seconds else sum(seconds) / (S * P) for seconds in known)
+    generated, prompts = (x.tokens, x.refined_tokens), (x.prompt_tokens, x.refined_prompt_tokens)
+    spent = [mean(tokens.sum(2)) for tokens in (*generated, *prompts)]
     return {
         "name": name,
         "model": metas[0]["model"],
         "parameters": metas[0]["parameters"],
-        "problems": P,
-        "n": N,
-        "k": K,
-        "seeds": S,
+        **{"problems": P, "n": N, "k": K, "seeds": S},
         **{f"pass@{k}": float(value) for k, value in enumerate(pass_at.mean(0), 1)},
         **{f"maj@{k}": float(value) for k, value in enumerate(maj_at.mean(0), 1)},
         "refined": mean(refined),
@@ -871,13 +860,8 @@ def report_row(name, x, metas):
         "answered": both(x.votes >= 0, x.refined >= 0),
         "cut_off": both(x.cut, x.refined_cut),
         "length": both(x.tokens, x.refined_tokens),
-        "tokens": {
-            "candidates": mean(x.tokens.sum(2)),
-            "refinement": mean(x.refined_tokens.sum(2)),
-            "prompt": mean(x.prompt_tokens),
-            "refinement_prompt": mean(x.refined_prompt_tokens.sum(2)),
-        },
-        "seconds": {"candidates": seconds(0), "refinement": seconds(1)},
+        "tokens": dict(zip(("candidates", "refinement", "prompt", "refinement_prompt"), spent)),
+        "seconds": {"candidates": sampling, "refinement": refining},
     }
 
 
@@ -894,11 +878,7 @@ def scaling(rows):
 # The report
 
 
-def percent(*values):
-    return "-" if None in values else " / ".join(f"{100 * value:.1f}%" for value in values)
-
-
-def plus(*values, layout="{:,.0f}", between=" + "):
+def cell(layout, *values, between=" / "):
     return "-" if None in values else between.join(layout.format(value) for value in values)
 
 
@@ -912,80 +892,64 @@ def shorten(name, width):
     return name if len(name) <= width else f"{name[: width // 2 - 1]}…{name[len(name) - (width - width // 2) :]}"
 
 
+TABLES = """\
+Accuracy
+problems, N, K
+refined: the mean of K refinements
+
+Refinement Gap: refined - maj@N, on the same candidates
+points [95%], relative, [95%], better : worse, p, s.e. of seeds
+better : worse: problems on which they differ; p: exact McNemar test
+
+At equal cost: refined - maj@k, where k candidates cost what N and one refinement do
+refined, k, maj@k, gap [95%], k, maj@k, gap [95%]
+first in generated tokens, then with prompts; ~: more than there are, continued in a line, which errs
+for the vote; -: too many for that, or prompt tokens unknown
+
+What became of them
+all wrong, minority, tied, broken, order, first / last
+refined right where all candidates are wrong, where right ones are outvoted, where the vote is tied;
+refined wrong where the vote is right; order: the answer differs in another order, chance included;
+first / last: refined right, where some are, if the first or the last candidate shown is right
+
+Answers, candidates / refinements
+unanimous, answered, cut off, tokens of one
+unanimous: all candidates of a problem give the same answer
+
+Cost of a problem, candidates + refinements
+tokens generated, prompt tokens, seconds, parameters
+a prompt is read once for all its samples"""
+
+
 def cells(row, methods):
-    """A row of the report in each of the tables: a list of (title, its columns as (heading, text), note)."""
-    found, gap, test, tokens = row["methods"], row["gap"], row["gap"]["mcnemar"], row["tokens"]
-    accuracy = [(label, str(row[key])) for label, key in (("problems", "problems"), ("N", "n"), ("K", "k"))]
-    accuracy += [(method, percent(found[method]["accuracy"]) if method in found else "-") for method in methods]
-    cost = [("refined", percent(row["refined"]))]
+    """What stands in a row of each of the TABLES."""
+    gap, test, tokens, order = row["gap"], row["gap"]["mcnemar"], row["tokens"], row["order"]
+    accuracy = [str(row[key]) for key in ("problems", "n", "k")]
+    accuracy += [cell("{:.1%}", row["methods"].get(method, {}).get("accuracy")) for method in methods]
+    gaps = [gap_of(gap), cell("{:+.1%}", gap["relative"]), cell("[{0[0]:+.0%}, {0[1]:+.0%}]", gap["relative_ci95"])]
+    gaps += [f"{test['better']} : {test['worse']}", f"{test['p']:.2g}", cell("{:.1%}", gap["seed_se"]).rstrip("%")]
+    cost = [f"{row['refined']:.1%}"]
     for at in row["equal_cost"].values():
-        maj = f"{'~' * at['extrapolated']}{percent(at['maj'])}" if "maj" in at else "-"
-        cost += [("k", plus(at["k"], layout="{:.1f}") if at["k"] is not None else "-"), ("maj@k", maj)]
-        cost += [("gap [95%]", gap_of(at) if "maj" in at else "-")]
+        cost += [cell("{:.1f}", at["k"])]
+        cost += [f"{'~' * at['extrapolated']}{at['maj']:.1%}", gap_of(at)] if "maj" in at else ["-", "-"]
     became = [f"{share:.4g} / {of}" for share, of in row["rescued"].values()]
-    places = [accuracy for accuracy, _ in row["order"]["at_place"]]
-    return [
-        ("Accuracy", accuracy, "refined: the mean of K refinements"),
-        (
-            "Refinement Gap: refined - maj@N, on the same candidates",
-            [
-                ("points [95%]", gap_of(gap)),
-                ("relative", plus(gap["relative"], layout="{:+.1%}")),
-                ("[95%]", "-" if gap["relative_ci95"] is None else "[{:+.0%}, {:+.0%}]".format(*gap["relative_ci95"])),
-                ("better : worse", f"{test['better']} : {test['worse']}"),
-                ("p", f"{test['p']:.2g}"),
-                ("s.e. of seeds", percent(gap["seed_se"]).rstrip("%")),
-            ],
-            "better : worse: problems on which they differ; p: exact McNemar test",
-        ),
-        (
-            "At equal cost: refined - maj@k, where k candidates cost what N and one refinement do",
-            cost,
-            "first in generated tokens, then with prompts; ~: more than there are, continued in a line, which errs "
-            "for the vote; -: too many for that, or prompt tokens unknown",
-        ),
-        (
-            "What became of them",
-            [
-                *zip(("all wrong", "minority", "tied", "broken"), became),
-                ("order", percent(row["order"]["changed"])),
-                ("first / last", percent(places[0], places[-1])),
-            ],
-            "refined right where all candidates are wrong, where right ones are outvoted, where the vote is tied; "
-            "refined wrong where the vote is right; order: the answer differs in another order, chance included; "
-            "first / last: refined right, where some are, if the first or the last candidate shown is right",
-        ),
-        (
-            "Answers, candidates / refinements",
-            [
-                ("unanimous", percent(row["unanimous"])),
-                ("answered", percent(*row["answered"].values())),
-                ("cut off", percent(*row["cut_off"].values())),
-                ("tokens of one", plus(*row["length"].values(), between=" / ")),
-            ],
-            "unanimous: all candidates of a problem give the same answer",
-        ),
-        (
-            "Cost of a problem, candidates + refinements",
-            [
-                ("tokens generated", plus(tokens["candidates"], tokens["refinement"])),
-                ("prompt tokens", plus(tokens["prompt"], tokens["refinement_prompt"])),
-                ("seconds", plus(*row["seconds"].values(), layout="{:.2f}")),
-                ("parameters", f"{row['parameters'] / 1e6:,.1f} M" if row["parameters"] else "-"),
-            ],
-            "a prompt is read once for all its samples",
-        ),
-    ]
+    became += [cell("{:.1%}", order["changed"]), cell("{:.1%}", *(order["at_place"][i][0] for i in (0, -1)))]
+    kinds = [cell("{:.1%}", row["unanimous"]), *(cell("{:.1%}", *row[key].values()) for key in ("answered", "cut_off"))]
+    kinds += [cell("{:,.0f}", *row["length"].values())]
+    spent = [cell("{:,.0f}", tokens["candidates"], tokens["refinement"], between=" + ")]
+    spent += [cell("{:,.0f}", tokens["prompt"], tokens["refinement_prompt"], between=" + ")]
+    spent += [cell("{:.2f}", *row["seconds"].values(), between=" + ")]
+    spent += [cell("{:,.1f} M", row["parameters"] and row["parameters"] / 1e6)]
+    return accuracy, gaps, cost, became, kinds, spent
 
 
 def tables(rows):
     """The rows as tables: a list of (title, lines of cells with the headings first, note)."""
-    methods = [method for method in STYLES if any(method in row["methods"] for row in rows)]
-    found = []
-    for parts in zip(*(cells(row, methods) for row in rows)):  # one table, each row's part of it
-        title, columns, note = parts[0]
-        lines = [[row["name"], *(text for _, text in part)] for row, (_, part, _) in zip(rows, parts)]
-        found.append((title, [["", *(heading for heading, _ in columns)], *lines], note))
+    methods, found = [method for method in STYLES if any(method in row["methods"] for row in rows)], []
+    for text, lines in zip(TABLES.split("\n\n"), zip(*(cells(row, methods) for row in rows))):
+        title, headings, *note = text.split("\n")
+        head = ["", *headings.split(", "), *(() if found else methods)]  # the first table has a column for each method
+        found.append((title, [head, *([row["name"], *line] for row, line in zip(rows, lines))], " ".join(note)))
     return found
 
 
@@ -1033,21 +997,19 @@ def show(identity, path):
     number = classes(gold, answers, grader, refined)
     grader.close()
     lines = [["", "", "answer", "votes", "tokens", "logprob", "certainty", "ended", "order"]]
-    names = [f"candidate {i}" for i in range(len(answers))] + [f"refinement {i}" for i in range(len(refined))]
-    items = candidates + refinements
-    logprobs = numbers(items, "logprob", where) / np.maximum(numbers(items, "n_tokens", where), 1)
-    details = np.stack([logprobs, numbers(items, "self_certainty", where)], 1)
-    for name, item, answer, own, detail in zip(names, items, answers + refined, number, details):
+    for i, (item, answer, own) in enumerate(zip(candidates + refinements, answers + refined, number)):
+        kind = f"candidate {i}" if i < len(answers) else f"refinement {i - len(answers)}"
         mark = "right" if own == 0 else "no answer" if own < 0 else "wrong"
         shown = "-" if answer is None else answer if len(answer) <= 30 else answer[:29] + "…"
         votes = "-" if own < 0 else str(number[: len(answers)].count(own))
-        detail = ("-" if math.isnan(value) else f"{value:.2f}" for value in detail)
-        lines.append([name, mark, shown, votes, str(item["n_tokens"]), *detail, item.get("finish_reason", "-")])
-        lines[-1].append(" ".join(map(str, item.get("order", []))))
+        logprob = item.get("logprob") and item["logprob"] / max(item["n_tokens"], 1)
+        numbers = [str(item["n_tokens"]), *(cell("{:.2f}", x) for x in (logprob, item.get("self_certainty")))]
+        order = " ".join(map(str, item.get("order") or []))
+        lines.append([kind, mark, shown, votes, *numbers, item.get("finish_reason") or "-", order])
     print(f"{textwrap.fill(row['problem'], 100, replace_whitespace=False)}\n\nright answer: {gold}")
     print(as_text("", lines, "votes: candidates with the same answer; logprob: mean a token"))
-    for (name, mark, *_), item in zip(lines[1:], items):
-        print(f"\n--- {name}: {mark}\n{strip_thinking(item['text'])}")
+    for (kind, mark, *_), item in zip(lines[1:], candidates + refinements):
+        print(f"\n--- {kind}: {mark}\n{strip_thinking(item['text'])}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1066,25 +1028,13 @@ STYLES = {  # method -> marker, colour
     "union": ("X", BLUE),
     "pass@N": ("^", "black"),
 }
-RC = {  # what all figures have in common
-    "figure.constrained_layout.use": True,
-    "savefig.dpi": 150,
-    "axes.grid": True,
-    "grid.color": "0.92",
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "lines.markersize": 7,
-    "lines.markeredgecolor": "black",
-    "lines.markeredgewidth": 0.6,
-    "legend.frameon": False,
-}
 
 
 def look(method, linestyle="none", **more):
     """How the points of a method are drawn: arguments of plot."""
     marker, colour = STYLES[method]
-    return {"label": method, "marker": marker, "color": colour, "linestyle": linestyle, **more}
+    style = {"label": method, "marker": marker, "color": colour, "markerfacecolor": colour, "linestyle": linestyle}
+    return {**style, **more}
 
 
 def in_percent(found, value):
@@ -1096,7 +1046,7 @@ def legend(fig, axes, width=1.7):
     """One legend for `axes`, above all, `width` inches an entry."""
     handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())}
     columns = int(fig.get_figwidth() / width)
-    fig.legend(handles.values(), handles, loc="outside upper center", ncols=columns)
+    fig.legend(handles.values(), handles, loc="outside upper center", ncols=columns, frameon=False)
 
 
 def draw_methods(rows, fig):
@@ -1147,17 +1097,15 @@ def draw_frontier(rows, fig):
         k = np.arange(1, row["n"] + 1)
         size = 4 if row["n"] <= 16 else 0  # no markers where they would run into each other
         for kind, line in (("maj", "-"), ("pass", ":")):
-            style = look(f"{kind}@N", line, markersize=size, label=f"{kind}@k, k = 1 to N") | {"color": "0.35"}
+            more = {"markersize": size, "color": "0.35", "label": f"{kind}@k, k = 1 to N"}
             curve = [100 * row[f"{kind}@{i}"] for i in k]
-            axis.plot(
-                row["tokens"]["candidates"] * k / row["n"], curve, markerfacecolor=STYLES[f"{kind}@N"][1], **style
-            )
+            axis.plot(row["tokens"]["candidates"] * k / row["n"], curve, **look(f"{kind}@N", line, **more))
         for method, found in row["methods"].items():
             if "@" not in method:
                 axis.plot(found["tokens"], 100 * found["accuracy"], **look(method))
         refined = row["methods"]["refined"]
         axis.vlines(refined["tokens"], *in_percent(refined, "accuracy")[1], color=BLUE, linewidth=1.2)
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, 1.08 * row["methods"]["union"]["tokens"])
     legend(fig, axes)
 
 
@@ -1205,11 +1153,16 @@ def draw(rows, found, out):
     figures = {"figure.png": draw_methods, "frontier.png": draw_frontier, "outcomes.png": draw_outcomes}
     if found:
         figures["scaling.png"] = draw_scaling
-    with matplotlib.rc_context(RC):
+    with matplotlib.rc_context():
+        matplotlib.rc("figure.constrained_layout", use=True)
+        matplotlib.rc("axes", grid=True, axisbelow=True)
+        matplotlib.rc("axes.spines", top=False, right=False)
+        matplotlib.rc("grid", color="0.92")
+        matplotlib.rc("lines", markersize=7, markeredgecolor="black", markeredgewidth=0.6)
         for name, function in figures.items():
             fig = Figure()
             function(rows, fig)
-            fig.savefig(out / name)
+            fig.savefig(out / name, dpi=150)
     return list(figures)
 
 
@@ -1231,9 +1184,8 @@ def run_suite(args, flags):
         if name not in BENCHMARKS and not Path(name).is_file():
             known = ", ".join(BENCHMARKS)
             raise InputError(f"--suite {args.suite}: no file and no benchmark {name!r}; there are {known}")
-        candidates, refined = (
-            str(Path(args.out, f"{Path(name).stem}.{kind}.jsonl")) for kind in ("candidates", "refined")
-        )
+        stem = str(Path(args.out, Path(name).stem))
+        candidates, refined = f"{stem}.candidates.jsonl", f"{stem}.refined.jsonl"
         if refined in files:
             raise InputError(f"--suite {args.suite}: two sets of the name {Path(name).stem}; rename one of them")
         limit = ["--limit", str(args.limit)] if args.limit else []
@@ -1243,10 +1195,8 @@ def run_suite(args, flags):
     started = time.time()
     for number, (script, *given) in enumerate(commands, 1):
         given += ["--model", args.model, *flags]
-        print(
-            f"[{number} of {len(commands)}, {time.time() - started:.0f} s] python {shlex.join([script, *given])}",
-            flush=True,
-        )
+        at = f"[{number} of {len(commands)}, {time.time() - started:.0f} s]"
+        print(f"{at} python {shlex.join([script, *given])}", flush=True)
         if code := subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *given]).returncode:
             sys.exit(code)  # it has said why
     return files
@@ -1254,8 +1204,6 @@ def run_suite(args, flags):
 
 def report(files, out, limit):
     """Read and grade `files`, and write everything about them to the folder `out`."""
-    from tqdm import tqdm
-
     started, names = time.time(), {}
     for text in files:
         name, _, paths = text.partition("=") if "=" in text and not Path(text).exists() else ("", "", text)
@@ -1269,13 +1217,7 @@ def report(files, out, limit):
         check_same_problems(paths, read[name])
     grader, rows = Grader(limit, out / "grades.jsonl"), []
     for name, paths in names.items():
-        with tqdm(desc=f"grade {name}", unit=" comparisons") as bar:
-
-            def progress(number, total, bar=bar):
-                bar.total = total
-                bar.update(number - bar.n)
-
-            outcomes = grade_files(read[name], grader, progress)
+        outcomes = grade_files(read[name], grader, name)
         rows.append(report_row(name, outcomes, [read_meta(path) for path in paths]))
     grader.close()
     found = scaling(rows)
