@@ -338,7 +338,8 @@ class Grader:
 
     def start(self):
         command, pipe = [sys.executable, __file__, "--grading-worker", str(self.limit)], subprocess.PIPE
-        worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0)
+        # In a session of its own, so that Ctrl-C does not make each of them print a traceback; they end with stdin.
+        worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0, start_new_session=True)
         worker.ready = False
         return worker
 
@@ -1074,7 +1075,7 @@ def draw_methods(rows, fig):
     legend(fig, [left])
 
 
-def panels(rows, fig, xlabel, ylabel):
+def panels(rows, fig, ylabel):
     """A panel for each row, four beside each other -> axes, as many as rows."""
     across = min(len(rows), 4)
     down = -(-len(rows) // across)
@@ -1082,7 +1083,6 @@ def panels(rows, fig, xlabel, ylabel):
     axes = fig.subplots(down, across, squeeze=False, sharey=True).ravel()
     for axis, row in zip(axes, rows):
         axis.set_title(shorten(row["name"], 28), fontsize=10)
-        axis.set_xlabel(xlabel)
     for axis in axes[::across]:
         axis.set_ylabel(ylabel)
     for axis in axes[len(rows) :]:
@@ -1092,7 +1092,7 @@ def panels(rows, fig, xlabel, ylabel):
 
 def draw_frontier(rows, fig):
     """Accuracy against tokens: votes and a perfect judge of 1..N candidates, and the other methods."""
-    axes = panels(rows, fig, "tokens generated a problem", "problems solved (%)")
+    axes = panels(rows, fig, "problems solved (%)")
     for axis, row in zip(axes, rows):
         k = np.arange(1, row["n"] + 1)
         size = 4 if row["n"] <= 16 else 0  # no markers where they would run into each other
@@ -1105,25 +1105,23 @@ def draw_frontier(rows, fig):
                 axis.plot(found["tokens"], 100 * found["accuracy"], **look(method))
         refined = row["methods"]["refined"]
         axis.vlines(refined["tokens"], *in_percent(refined, "accuracy")[1], color=BLUE, linewidth=1.2)
-        axis.set_xlim(0, 1.08 * row["methods"]["union"]["tokens"])
+        axis.set(xlim=(0, 1.08 * row["methods"]["union"]["tokens"]), xlabel="tokens generated a problem")
     legend(fig, axes)
 
 
 def draw_outcomes(rows, fig):
     """By the number of right candidates: how many problems (bars), and how often vote and refinement are right."""
-    axes = panels(rows, fig, "right candidates of N", "%")
+    axes = panels(rows, fig, "problems (%)")
     for axis, row in zip(axes, rows):
-        there = [line for line in row["by_correct"] if line["problems"]]
-        right = [line["correct"] for line in there]
-        total = sum(line["problems"] for line in there)
-        shares = [100 * line["problems"] / total for line in there]
-        axis.bar(right, shares, color="0.85", edgecolor="0.6", linewidth=0.6, label="share of the problems")
-        for key, method, line in (("maj", "maj@N", "-"), ("refined", "refined", "--")):
-            label = f"solved by {method}"
-            axis.plot(right, [100 * line[key] for line in there], **look(method, line, markersize=6, label=label))
+        there = [list(line.values()) for line in row["by_correct"] if line["problems"]]
+        right, problems, maj, refined = np.array(there).T
+        shares = 100 * problems / problems.sum()
+        axis.bar(right, shares, color="0.85", edgecolor="0.6", linewidth=0.6, label="share of all problems")
+        for method, line, solved in (("maj@N", "-", maj), ("refined", "--", refined)):
+            axis.plot(right, 100 * solved, **look(method, line, markersize=6, label=f"of these, solved by {method}"))
         axis.set(xlim=(-0.7, row["n"] + 0.7), ylim=(-5, 105), xlabel=f"right candidates of {row['n']}")
         axis.xaxis.get_major_locator().set_params(integer=True)
-    legend(fig, axes, 2.4)
+    legend(fig, axes, 2.8)
 
 
 def draw_scaling(rows, fig):

@@ -189,9 +189,15 @@ def test_crashing_worker_is_replaced(grader):
 
 def test_answers_that_are_not_tidy_after_one_pass(grader):
     """Guards against: a pair that is tidied once more when it is asked about, and then is not found again."""
-    for answer in ("x+2..", "x . .", r"\lef\leftt x"):
+    for answer in ("x+2..", "x . .", r"\displaysty\displaystylele x"):
         assert e.tidy(e.tidy(answer)) != e.tidy(answer) and grader.equal("x+1", answer) is False
     assert e.classes("x+1", ["x+2..", "x+2.."], grader, ["x+2.."]) == [1, 1, 1]
+
+
+def test_ctrl_c_does_not_reach_the_grading_processes(grader):
+    """Guards against: a traceback from each of them on the terminal, above the one line of the command itself."""
+    assert grader.equal("x+1", "1+x") is True
+    assert grader.workers and all(os.getsid(worker.pid) == worker.pid for worker in grader.workers)
 
 
 def test_missing_math_verify_is_no_wrong_answer(monkeypatch):
