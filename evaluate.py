@@ -365,6 +365,7 @@ def grading_worker(limit):
     from sympy import Expr, UnevaluatedExpr
 
     logging.disable()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody reads the reply any more: end in silence
     # An expression that wants the whole memory gets a MemoryError instead, where the system allows a limit.
     try:
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
@@ -960,14 +961,14 @@ def as_text(title, lines, note, width=100):
     gap = 2 if sum(widths) + 2 * len(widths) - 2 <= width else 1
     widths[0] = max(6, min(widths[0], width - sum(widths[1:]) - gap * (len(widths) - 1)))
     text = [title]
-    for name, *cells in lines:
-        cells = (cell.rjust(width) for cell, width in zip(cells, widths[1:]))
-        text.append((" " * gap).join([shorten(name, widths[0]).ljust(widths[0]), *cells]).rstrip())
+    for name, *others in lines:
+        padded = (other.rjust(size) for other, size in zip(others, widths[1:]))
+        text.append((" " * gap).join([shorten(name, widths[0]).ljust(widths[0]), *padded]).rstrip())
     return "\n".join([*text, *textwrap.wrap(f"({note})", width)])
 
 
 def as_markdown(title, lines, note):
-    head, *rest = ["| " + " | ".join(cells) + " |" for cells in lines]
+    head, *rest = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join([f"## {title}", "", head, "| --- |" + " ---: |" * (len(lines[0]) - 1), *rest, "", f"{note}."])
 
 
@@ -1004,9 +1005,9 @@ def show(identity, path):
         shown = "-" if answer is None else answer if len(answer) <= 30 else answer[:29] + "…"
         votes = "-" if own < 0 else str(number[: len(answers)].count(own))
         logprob = item.get("logprob") and item["logprob"] / max(item["n_tokens"], 1)
-        numbers = [str(item["n_tokens"]), *(cell("{:.2f}", x) for x in (logprob, item.get("self_certainty")))]
+        details = [str(item["n_tokens"]), *(cell("{:.2f}", x) for x in (logprob, item.get("self_certainty")))]
         order = " ".join(map(str, item.get("order") or []))
-        lines.append([kind, mark, shown, votes, *numbers, item.get("finish_reason") or "-", order])
+        lines.append([kind, mark, shown, votes, *details, item.get("finish_reason") or "-", order])
     print(f"{textwrap.fill(row['problem'], 100, replace_whitespace=False)}\n\nright answer: {gold}")
     print(as_text("", lines, "votes: candidates with the same answer; logprob: mean a token"))
     for (kind, mark, *_), item in zip(lines[1:], candidates + refinements):
