@@ -607,18 +607,16 @@ class Outcomes:
     order: np.ndarray  # [S, P, K, N]: which candidate stood at which place of the prompt, -1 for none
 
 
-# What a file calls some of these numbers.
-OF_CANDIDATES = dict(
-    tokens="n_tokens", logprob="logprob", certainty="self_certainty", score="score", cut="finish_reason"
-)
-OF_REFINEMENTS = dict(refined_tokens="n_tokens", refined_cut="finish_reason", refined_prompt_tokens="n_prompt_tokens")
+# What a file calls these numbers about each candidate and about each refinement.
+CANDIDATE = dict(tokens="n_tokens", logprob="logprob", certainty="self_certainty", score="score", cut="finish_reason")
+REFINEMENT = dict(refined_tokens="n_tokens", refined_cut="finish_reason", refined_prompt_tokens="n_prompt_tokens")
 
 
 def completions(row, key, where):
     """The candidates or refinements of a row; InputError where there are none, or they are something else."""
     items = row[key] if isinstance(row[key], list) else []
-    known = (isinstance(x, dict) and isinstance(x.get("text"), str) and "n_tokens" in x for x in items)
-    if not items or not all(known):
+    kinds = [(type(x.get("text")), type(x.get("n_tokens"))) for x in items if isinstance(x, dict)]
+    if not items or kinds != [(str, int)] * len(items):
         raise InputError(f"{where}: its {key!r} are empty or lack text and n_tokens")
     return items
 
@@ -662,8 +660,8 @@ def read_refined(path):
             "answers": [answer_of(c, row.get("prompt", "")) for c in candidates],
             "refinements": [answer_of(r, r.get("prompt", "")) for r in refinements],
             "prompt_tokens": numbers([row], "n_prompt_tokens", where),
-            **{field: numbers(candidates, key, where) for field, key in OF_CANDIDATES.items()},
-            **{field: numbers(refinements, key, where) for field, key in OF_REFINEMENTS.items()},
+            **{field: numbers(candidates, key, where) for field, key in CANDIDATE.items()},
+            **{field: numbers(refinements, key, where) for field, key in REFINEMENT.items()},
             "order": order,
         }
     if skipped:

@@ -720,6 +720,7 @@ def test_large_report_takes_little_time_and_memory(tmp_path):
         ("[1]\n", "line 1: not a JSON object"),
         ('{"id": 1, "a": 2}\n\n{"id": "1"}\n', "line 3: id '1' already stands on line 1"),
         (json.dumps(refined_row("a", [], ["1"])) + "\n", "its 'candidates' are empty"),
+        (json.dumps(refined_row("a", ["1"], ["1"])).replace(": 7", ": null"), "its 'refinements' are empty or lack"),
         (
             json.dumps(refined_row("a", ["1"], ["1"])).replace(r'"\\boxed{1}"', "1"),
             "its 'candidates' are empty or lack text",
