@@ -49,6 +49,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
 # Files and errors, shared by all stages
@@ -90,10 +91,9 @@ def each_row(path, keys=()):
                 for key in keys:
                     if key not in row or (key == "id" and row["id"] is None):
                         raise InputError(f"{path}, line {number}: no {key!r} in it, only {', '.join(row)}")
-                name = row.get("id")
+                name, rows = row.get("id"), rows + 1
                 if name is not None and (first := seen.setdefault(str(name), number)) != number:
                     raise InputError(f"{path}, line {number}: id {name!r} already stands on line {first}")
-                rows += 1
                 yield row
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})")
@@ -155,17 +155,11 @@ def extract_answer(text):
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
-    depth, i = 0, start + len("\\boxed")
-    while i < len(text):
-        if text[i] == "\\":  # \{ and \} are characters of the answer
-            i += 1
-        elif text[i] == "{":
-            depth += 1
-        elif text[i] == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start + len("\\boxed{") : i].strip() or None
-        i += 1
+    depth, start = 0, start + len("\\boxed")
+    for mark in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):  # \{ and \} are characters of the answer
+        depth += {"{": 1, "}": -1}.get(mark[0], 0)
+        if depth == 0:
+            return text[start + 1 : start + mark.start()].strip() or None
     return None
 
 
@@ -272,8 +266,7 @@ class Grader:
     """
 
     def __init__(self, limit=5.0, cache=None):
-        self.limit, self.known, self.stuck, self.workers = limit, {}, set(), []
-        self.file = None
+        self.limit, self.known, self.stuck, self.workers, self.file = limit, {}, set(), [], None
         if cache is not None:
             self.open(Path(cache))
 
@@ -286,16 +279,15 @@ class Grader:
             self.file = open(cache, "a+b", buffering=0)  # a line is one write: whole or not at all
             self.file.seek(0)
             content = self.file.read()
-            whole = content[: content.rfind(b"\n") + 1]
-            lines = whole.decode().split("\n")[:-1]
             if content and not content.startswith(b'["math-verify"'):
                 raise ValueError("not made by evaluate.py")
-            if not lines or json.loads(lines[0]) != header:  # of another version or limit
-                whole, lines = (json.dumps(header) + "\n").encode(), [""]
-                self.file.truncate(0)
-                self.file.write(whole)
-            self.file.truncate(len(whole))
-            self.known = {(gold, answer): grade for gold, answer, grade in map(json.loads, lines[1:])}
+            whole = content[: content.rfind(b"\n") + 1]
+            first, *lines = map(json.loads, whole.splitlines() or ["[]"])
+            self.file.truncate(len(whole) if first == header else 0)  # grades of another version or limit go
+            if first == header:
+                self.known = {(gold, answer): grade for gold, answer, grade in lines}
+            else:
+                self.file.write((json.dumps(header) + "\n").encode())
         except (OSError, ValueError) as e:
             raise InputError(f"{cache}: cannot be used for grades ({e}); delete it or choose another --out")
 
@@ -303,20 +295,21 @@ class Grader:
         """Is `answer` right, given the right answer `gold`? The order matters to math-verify. None is never right."""
         if gold is None or answer is None:
             return False
-        gold, answer = tidy(gold), tidy(answer)
-        if (decided := by_form(gold, answer)) is not None:
+        pair = tidy(gold), tidy(answer)
+        if (decided := by_form(*pair)) is not None:
             return decided
-        if (gold, answer) not in self.known:
+        if pair not in self.known:
             self.grade([(gold, answer)])
-        if self.known[gold, answer] is None:
-            self.stuck.add((gold, answer))
-        return bool(self.known[gold, answer])
+        if self.known[pair] is None:
+            self.stuck.add(pair)
+        return bool(self.known[pair])
 
-    def grade(self, pairs, progress=None):
-        """Ask math-verify about all `pairs` of (gold, answer) that it has not been asked about, in parallel."""
+    def grade(self, pairs, what=None):
+        """Ask math-verify about all `pairs` of (gold, answer) that are not known, in parallel; `what`: of a bar."""
         pairs = {(tidy(gold), tidy(answer)) for gold, answer in pairs}
         todo = deque(sorted(pair for pair in pairs if pair not in self.known and by_form(*pair) is None))
-        total, busy = len(todo), {}  # file descriptor -> (worker, pair)
+        busy = {}  # file descriptor -> (worker, pair)
+        bar = tqdm(desc=f"grade {what}", total=len(todo), unit=" comparisons", disable=what is None or not todo)
         while todo or busy:
             while todo and len(busy) < (os.cpu_count() or 1):
                 worker, pair = self.workers.pop() if self.workers else self.start(), todo.popleft()
@@ -327,8 +320,12 @@ class Grader:
                     self.stop(worker)
                     todo.appendleft(pair)
             for descriptor in select.select(list(busy), [], [])[0]:
-                worker, pair = busy.pop(descriptor)
+                worker, pair = busy[descriptor]
                 reply = worker.stdout.readline()
+                if reply == b"ready\n":  # all start at once, and each says so before its first grade
+                    worker.ready = True
+                    continue
+                del busy[descriptor]
                 self.known[pair] = {b"1\n": True, b"0\n": False}.get(reply)
                 if self.known[pair] is None:  # too slow, out of memory, or crashed
                     self.stop(worker)
@@ -336,22 +333,21 @@ class Grader:
                     self.workers.append(worker)
                 if self.file:
                     self.file.write((json.dumps([*pair, self.known[pair]]) + "\n").encode())
-                if progress:
-                    progress(total - len(todo) - len(busy), total)
+                bar.update()
+        bar.close()
 
     def start(self):
-        command = [sys.executable, __file__, "--grading-worker", str(self.limit)]
-        worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-        if worker.stdout.readline() != b"ready\n":
-            self.stop(worker)
-            raise RuntimeError("a grading process did not start; is math-verify installed?")
+        command, pipe = [sys.executable, __file__, "--grading-worker", str(self.limit)], subprocess.PIPE
+        # In a session of its own, so that Ctrl-C does not make each of them print a traceback; they end with stdin.
+        worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0, start_new_session=True)
+        worker.ready = False
         return worker
 
     def stop(self, worker):
         worker.kill()
-        worker.wait()
-        worker.stdin.close()
-        worker.stdout.close()
+        worker.communicate()  # waits, and closes its pipes
+        if not worker.ready:
+            raise RuntimeError("a grading process did not start; is math-verify installed?")
 
     def close(self):
         while self.workers:
@@ -369,6 +365,7 @@ def grading_worker(limit):
     from sympy import Expr, UnevaluatedExpr
 
     logging.disable()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody reads the reply any more: end in silence
     # An expression that wants the whole memory gets a MemoryError instead, where the system allows a limit.
     try:
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
@@ -417,6 +414,14 @@ def canonical(answer):
     return tidy(answer) if number is None else number
 
 
+def distinct(answers, more=()):
+    """The answers that are not plainly equal, by what stands for them; in an order that is not the candidates'."""
+    found = {}
+    for answer in itertools.chain(*(sorted(set(group) - {None}) for group in (answers, more))):
+        found.setdefault(canonical(answer), answer)
+    return found
+
+
 def classes(gold, answers, grader, more=()):
     """Number the classes of equal answers: gold "1/2", ["0.5", "3", None, "3.0", "4"] -> [0, 1, -1, 1, 2].
 
@@ -425,9 +430,7 @@ def classes(gold, answers, grader, more=()):
     the outcome. `more`: answers (of refinements) that are numbered after these, and do not change their classes.
     """
     number, members = {}, []
-    for answer in itertools.chain(*(sorted(set(group) - {None}) for group in (answers, more))):
-        if (key := canonical(answer)) in number:
-            continue
+    for key, answer in distinct(answers, more).items():
         if grader.equal(gold, answer):
             number[key] = 0
             continue
@@ -569,16 +572,14 @@ def spearman(x, y):
         values = np.asarray(values, dtype=float)
         return (values[:, None] > values).sum(1) + ((values[:, None] == values).sum(1) + 1) / 2
 
-    n, a, b = len(x), ranks(x), ranks(y)
-    if n < 3 or a.std() == 0 or b.std() == 0:
-        return {"models": n, "spearman": None, "ci95": None}
-    r = float(np.clip(np.corrcoef(a, b)[0, 1], -1, 1))
-    if n < 4:
-        return {"models": n, "spearman": r, "ci95": None}
-    bound = 1 - 6 / (n**3 - n)
-    z = math.atanh(min(max(r, -bound), bound))
-    half = 1.96 * math.sqrt((1 + r * r / 2) / (n - 3))
-    return {"models": n, "spearman": r, "ci95": [min(r, math.tanh(z - half)), max(r, math.tanh(z + half))]}
+    n, a, b, r, ends = len(x), ranks(x), ranks(y), None, None
+    if n >= 3 and a.std() > 0 and b.std() > 0:
+        r = float(np.clip(np.corrcoef(a, b)[0, 1], -1, 1))
+    if r is not None and n >= 4:
+        bound = 1 - 6 / (n**3 - n)
+        z, half = math.atanh(min(max(r, -bound), bound)), 1.96 * math.sqrt((1 + r * r / 2) / (n - 3))
+        ends = [min(r, math.tanh(z - half)), max(r, math.tanh(z + half))]
+    return {"models": n, "spearman": r, "ci95": ends}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -606,6 +607,31 @@ class Outcomes:
     order: np.ndarray  # [S, P, K, N]: which candidate stood at which place of the prompt, -1 for none
 
 
+# What a file calls these numbers about each candidate and about each refinement.
+CANDIDATE = dict(tokens="n_tokens", logprob="logprob", certainty="self_certainty", score="score", cut="finish_reason")
+REFINEMENT = dict(refined_tokens="n_tokens", refined_cut="finish_reason", refined_prompt_tokens="n_prompt_tokens")
+
+
+def completions(row, key, where):
+    """The candidates or refinements of a row; InputError where there are none, or they are something else."""
+    items = row[key] if isinstance(row[key], list) else []
+    kinds = [(type(x.get("text")), type(x.get("n_tokens"))) for x in items if isinstance(x, dict)]
+    if not items or kinds != [(str, int)] * len(items):
+        raise InputError(f"{where}: its {key!r} are empty or lack text and n_tokens")
+    return items
+
+
+def numbers(items, key, where):
+    """A number about each of some candidates or refinements; a missing one is nan."""
+    values = [item.get(key) for item in items]
+    if key == "finish_reason":
+        values = [{"length": 1, "stop": 0}.get(value) for value in values]
+    try:
+        return np.array(values, dtype=float)
+    except (TypeError, ValueError):
+        raise InputError(f"{where}: not all of its {key} are numbers")
+
+
 def read_refined(path):
     """A refined file -> {id: what counts about the problem}, for problems that can be graded.
 
@@ -614,11 +640,8 @@ def read_refined(path):
     """
     problems, skipped, sizes = {}, 0, None
     for row in each_row(path, keys=("id", "problem", "answer", "candidates", "refinements")):
-        where, candidates, refinements = f"{path}, id {row['id']!r}", row["candidates"], row["refinements"]
-        for key in ("candidates", "refinements"):
-            items = row[key] if isinstance(row[key], list) else []
-            if not items or not all(isinstance(x, dict) and {"text", "n_tokens"} <= x.keys() for x in items):
-                raise InputError(f"{where}: its {key!r} are empty or lack text and n_tokens")
+        where = f"{path}, id {row['id']!r}"
+        candidates, refinements = (completions(row, key, where) for key in ("candidates", "refinements"))
         size = f"{len(candidates)} candidates and {len(refinements)} refinements"
         if (sizes := sizes or size) != size:
             first = f"{size}, but {sizes} in the first row"
@@ -626,36 +649,19 @@ def read_refined(path):
         if row["answer"] is None:
             skipped += 1
             continue
-
-        def numbers(items, *keys, where=where):
-            values = [[item.get(key) for key in keys] for item in items]  # a missing one, None, becomes nan
-            try:
-                return np.array(values, dtype=float).T
-            except (TypeError, ValueError):
-                raise InputError(f"{where}: not all of its {', '.join(keys)} are numbers")
-
         order = np.full((len(refinements), len(candidates)), -1, dtype=np.int16)
         for places, refinement in zip(order, refinements):
-            shown = refinement.get("order", [])
+            shown = refinement.get("order") or []
             if not set(shown) <= set(range(len(candidates))) or len(set(shown)) < len(shown):
                 raise InputError(f"{where}: the order {shown} is not one of its {len(candidates)} candidates")
             places[: len(shown)] = shown
-        ends = [[{"length": 1, "stop": 0}.get(x.get("finish_reason")) for x in y] for y in (candidates, refinements)]
-        tokens, logprob, certainty, score = numbers(candidates, "n_tokens", "logprob", "self_certainty", "score")
-        refined_tokens, refined_prompt_tokens = numbers(refinements, "n_tokens", "n_prompt_tokens")
         problems[str(row["id"])] = {
             "answer": str(row["answer"]),
             "answers": [answer_of(c, row.get("prompt", "")) for c in candidates],
             "refinements": [answer_of(r, r.get("prompt", "")) for r in refinements],
-            "tokens": tokens,
-            "logprob": logprob,
-            "certainty": certainty,
-            "score": score,
-            "cut": np.array(ends[0], dtype=float),
-            "prompt_tokens": numbers([row], "n_prompt_tokens")[0],
-            "refined_tokens": refined_tokens,
-            "refined_cut": np.array(ends[1], dtype=float),
-            "refined_prompt_tokens": refined_prompt_tokens,
+            "prompt_tokens": numbers([row], "n_prompt_tokens", where),
+            **{field: numbers(candidates, key, where) for field, key in CANDIDATE.items()},
+            **{field: numbers(refinements, key, where) for field, key in REFINEMENT.items()},
             "order": order,
         }
     if skipped:
@@ -665,62 +671,62 @@ def read_refined(path):
     return problems
 
 
-def check_same_problems(files):
-    """InputError unless the files of one row, a list of (path, what read_refined gave), can be averaged over."""
-    (first_path, first), *others = files
-    for path, problems in others:
+def check_same_problems(paths, files):
+    """InputError unless the files of one row, what read_refined gave for `paths`, can be averaged over."""
+    first = files[0]
+    for path, problems in zip(paths[1:], files[1:]):
         for identity in problems.keys() ^ first.keys():
-            raise InputError(f"{path}: id {identity!r} is not in both this file and {first_path}; one row needs both")
+            raise InputError(f"{path}: id {identity!r} is not in both this file and {paths[0]}; one row needs both")
         for identity, problem in problems.items():
             if any(len(problem[key]) != len(first[identity][key]) for key in ("answers", "refinements")):
-                raise InputError(f"{path}, id {identity!r}: more or fewer candidates or refinements than {first_path}")
+                raise InputError(f"{path}, id {identity!r}: more or fewer candidates or refinements than {paths[0]}")
             if problem["answer"] != first[identity]["answer"]:
-                raise InputError(f"{path}, id {identity!r}: another right answer than in {first_path}")
+                raise InputError(f"{path}, id {identity!r}: another right answer than in {paths[0]}")
 
 
-def grade_files(files, grader, progress=None):
+def grade_files(files, grader, what=None):
     """Several files about the same problems: a list of what read_refined gave -> Outcomes."""
-    first, found = files[0], {}
-    for i in first:
+    S, P = len(files), len(files[0])
+    found = []  # of each problem: the right answer, all candidates' [S * N], all refinements' [S * K]
+    for i, problem in files[0].items():
         both = ([a for problems in files for a in problems[i][key]] for key in ("answers", "refinements"))
-        found[i] = (first[i]["answer"], *both)
+        found.append((problem["answer"], *both))
     # math-verify is asked in two rounds, so that its processes have all there is to do at once: which answers are
     # right, and which of the wrong ones are the same.
-    distinct = {
-        i: {canonical(a): a for a in answers + more if a is not None} for i, (_, answers, more) in found.items()
-    }
-    grader.grade([(found[i][0], a) for i in first for a in distinct[i].values()], progress)
-    wrong = [[a for a in distinct[i].values() if not grader.equal(found[i][0], a)] for i in first]
-    grader.grade((pair for some in wrong for pair in itertools.permutations(some, 2)), progress)
+    pairs = [[(gold, a) for a in distinct(answers, more).values()] for gold, answers, more in found]
+    grader.grade(itertools.chain(*pairs), what)
+    wrong = [[a for gold, a in some if not grader.equal(gold, a)] for some in pairs]
+    grader.grade((pair for some in wrong for pair in itertools.permutations(some, 2)), what)
 
-    number = np.array([classes(gold, answers, grader, more) for gold, answers, more in found.values()], dtype=np.int16)
-    _, answers, _ = next(iter(found.values()))  # number is [P, S * N + S * K]
-    votes, refined = np.split(number, [len(answers)], 1)
-    votes, refined = (part.reshape(len(first), len(files), -1).swapaxes(0, 1) for part in (votes, refined))
-    arrays = {
-        field.name: np.stack([np.stack([problems[i][field.name] for i in first]) for problems in files])
-        for field in dataclasses.fields(Outcomes)[2:]
-    }
+    number = np.array([classes(gold, answers, grader, more) for gold, answers, more in found], dtype=np.int16)
+    parts = np.split(number, [len(found[0][1])], 1)  # [P, S * N], [P, S * K]
+    votes, refined = (part.reshape(P, S, -1).swapaxes(0, 1) for part in parts)
+    names = [field.name for field in dataclasses.fields(Outcomes)[2:]]
+    arrays = {name: np.array([[problems[i][name] for i in files[0]] for problems in files]) for name in names}
     return Outcomes(votes=votes, refined=refined, **arrays)
+
+
+def mean(values):
+    """The mean for report.json: None of no values, and where one is not known."""
+    return float(values.mean()) if values.size and np.isfinite(values).all() else None
 
 
 def methods_of(x):
     """Outcomes -> {method: (credit [S, P], tokens generated for it [S, P])}; this file's docstring explains them."""
     (S, P, N), K = x.votes.shape, x.refined.shape[2]
-
-    def rows(values):  # [S, P, n] -> [S * P, n]
-        return values.reshape(S * P, -1)
-
-    votes, refined, logprob = rows(x.votes), rows(x.refined), rows(x.logprob)
+    flat = (values.reshape(S * P, -1) for values in (x.votes, x.refined, x.tokens, x.logprob, x.certainty, x.score))
+    votes, refined, tokens, logprob, certainty, score = flat  # [S * P, N], [S * P, K] and [S * P, N]
     candidates, refining = x.tokens.sum(2), x.refined_tokens.sum(2)
     found = {"pass@1": ((votes == 0).mean(1), candidates / N), "maj@N": (vote(votes), candidates)}
     if np.isfinite(logprob).all():
-        found["weighted"] = vote(votes, np.exp(logprob - logprob.max(1, keepdims=True))), candidates
-        found["logprob"] = best(votes, logprob / rows(x.tokens)), candidates
-    if np.isfinite(x.certainty).all():
-        found["certainty"] = vote(votes, borda(rows(x.certainty))), candidates
-    if np.isfinite(x.score).all():
-        found["score"] = best(votes, rows(x.score)), candidates
+        # Relative to the most probable that has a vote: relative to one without, all votes could round to 0.
+        most = logprob.max(1, keepdims=True, where=votes >= 0, initial=-np.inf)
+        found["weighted"] = vote(votes, np.exp(np.minimum(logprob - most, 0))), candidates
+        found["logprob"] = best(votes, logprob / np.maximum(tokens, 1)), candidates
+    if np.isfinite(certainty).all():
+        found["certainty"] = vote(votes, borda(certainty)), candidates
+    if np.isfinite(score).all():
+        found["score"] = best(votes, score), candidates
     found["refined"] = (refined == 0).mean(1), candidates + refining / K
     if K > 1:
         found["refmaj"] = vote(refined), candidates + refining
@@ -740,14 +746,13 @@ def equal_cost(x, maj_at_k):
     there, found = maj_at_k.shape[1], {}
     more = x.refined_tokens.mean()
     for name, cost in (("generated", more), ("with_prompts", more + x.refined_prompt_tokens.mean())):
-        k = x.votes.shape[2] + cost / x.tokens.mean()
-        low, back = min(math.floor(k), there) if k <= 2 * there else None, max(0, there - 3)
-        if low is None:  # too far, or unknown
-            maj = None
-        elif k <= there:  # so often k rounded down, so often rounded up
+        k = x.votes.shape[2] + cost / max(x.tokens.mean(), 1)
+        maj = None  # too far, or unknown
+        if k <= there:  # so often k rounded down, so often rounded up
+            low = math.floor(k)
             maj = maj_at_k[:, low - 1] + (k - low) * (maj_at_k[:, min(low, there - 1)] - maj_at_k[:, low - 1])
-        else:  # two steps, as a vote of 2m is one of 2m - 1
-            last, slope = maj_at_k[:, -1], (maj_at_k[:, -1] - maj_at_k[:, back]) / 2
+        elif k <= 2 * there:  # two steps, as a vote of 2m is one of 2m - 1
+            last, slope = maj_at_k[:, -1], (maj_at_k[:, -1] - maj_at_k[:, max(0, there - 3)]) / 2
             rising = slope.mean() > 1e-9  # and not beyond 100%
             maj = last + slope * (min(k - there, (1 - last.mean()) / slope.mean()) if rising else 0)
         found[name] = float(k) if np.isfinite(k) else None, maj, bool(k > there)
@@ -762,42 +767,16 @@ def order_sensitivity(x):
     are right and some wrong, the refined accuracy if the one at that place is right, and over how many
     refinements; orders are drawn, so places are comparable.
     """
-    N, K = x.order.shape[3], x.order.shape[2]
-    first, second = (list(part) for part in np.triu_indices(K, 1))
+    K, N = x.order.shape[2:]
+    first, second = np.triu_indices(K, 1)
     other = (x.order[:, :, first] != x.order[:, :, second]).any(3)  # [S, P, pairs]
     differ = x.refined[:, :, first] != x.refined[:, :, second]
     right = np.broadcast_to((x.votes == 0)[:, :, None], x.order.shape)
     right = np.take_along_axis(right, x.order.clip(0).astype(int), 3)  # [S, P, K, N] by place
     mixed = (x.order >= 0).all(3) & ~right.all(3)  # [S, P, K]
     chosen = [(x.refined == 0)[mixed & right[..., place]] for place in range(N)]
-    return {
-        "changed": float(differ[other].mean()) if other.any() else None,
-        "pairs": int(other.sum()),
-        "at_place": [[float(r.mean()) if len(r) else None, len(r)] for r in chosen],
-    }
-
-
-def by_correct(x, maj, refined):
-    """By the number of right candidates: problems, accuracy of vote and refinement; and what became of them."""
-    right, maj, refined = (x.votes == 0).sum(2).ravel(), maj.ravel(), refined.ravel()
-
-    def mean(values):
-        return float(values.mean()) if len(values) else None
-
-    def count(values, at):
-        total = round(float(values[at].sum()), 6)
-        return [int(total) if total.is_integer() else total, int(at.sum())]
-
-    lines = []
-    for c in range(x.votes.shape[2] + 1):
-        at = right == c
-        lines.append({"correct": c, "problems": int(at.sum()), "maj": mean(maj[at]), "refined": mean(refined[at])})
-    return lines, {
-        "all_wrong": count(refined, right == 0),
-        "minority_right": count(refined, (right > 0) & (maj == 0)),
-        "tied": count(refined, (maj > 0) & (maj < 1)),
-        "majority_right_broken": count(1 - refined, maj == 1),
-    }
+    at_place = [[mean(values), len(values)] for values in chosen]
+    return {"changed": mean(differ[other]), "pairs": int(other.sum()), "at_place": at_place}
 
 
 def read_meta(path):
@@ -814,71 +793,75 @@ def report_row(name, x, metas):
     """All statistics of one row, for report.json; `metas` are the read_meta of its files."""
     (S, P, N), K = x.votes.shape, x.refined.shape[2]
     methods = methods_of(x)
-    credit = {method: values.mean(0) for method, (values, _) in methods.items()}  # [P] each, over seeds
-    pass_at = pass_at_k(N, (x.votes == 0).sum(2).ravel()).mean(0)  # [N]
+    maj, refined = methods["maj@N"][0], methods["refined"][0]  # [S, P]
+    right = (x.votes == 0).sum(2)  # [S, P]
+    pass_at = pass_at_k(N, right.ravel())  # [S * P, N]
     maj_at = majority_at_k(x.votes.reshape(S * P, N))
     pool = x.votes.swapaxes(0, 1).reshape(P, S * N)  # the candidates of all seeds
     same_cost = equal_cost(x, maj_at if S == 1 else majority_at_k(pool))
-    votes_at_cost = {name: maj for name, (_, maj, _) in same_cost.items() if maj is not None}
-    columns = {**credit, **votes_at_cost}
+
+    columns = {method: credit.mean(0) for method, (credit, _) in methods.items()}  # [P] each, over seeds
+    columns |= {cost: credit for cost, (_, credit, _) in same_cost.items() if credit is not None}
     draws = dict(zip(columns, bootstrap(np.stack(list(columns.values()), 1)).T))  # [draws] each
-    refined, maj = credit["refined"], credit["maj@N"]
-    better, worse, p = mcnemar(refined - maj)
-    of_seeds = (methods["refined"][0] - methods["maj@N"][0]).mean(1)  # [S]
+    difference, of_seeds = columns["refined"] - columns["maj@N"], (refined - maj).mean(1)  # [P], [S]
+    better, worse, p = mcnemar(difference)
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = (draws["refined"] - draws["maj@N"]) / draws["maj@N"]
-    lines, rescued = by_correct(x, methods["maj@N"][0], methods["refined"][0])
 
     def against(other):  # the gap between the refinement and some vote
-        return {"points": mean(refined - columns[other]), "ci95": interval(draws["refined"] - draws[other])}
+        return {"points": mean(columns["refined"] - columns[other]), "ci95": interval(draws["refined"] - draws[other])}
 
-    def mean(values):  # None for what the file does not say
-        return float(values.mean()) if np.isfinite(values).all() else None
+    def count(values, at):  # [how many of them, of how many]
+        total = round(float(values[at].sum()), 6)
+        return [int(total) if total.is_integer() else total, int(at.sum())]
 
-    def seconds(stage):
-        known = [meta["seconds"][stage] for meta in metas]
-        return None if None in known else sum(known) / (S * P)
+    def both(of_candidates, of_refinements):
+        return {"candidates": mean(of_candidates), "refinements": mean(of_refinements)}
 
+    known = zip(*(meta["seconds"] for meta in metas))  # of sampling, of refining
+    sampling, refining = (None if None in seconds else sum(seconds) / (S * P) for seconds in known)
+    generated, prompts = (x.tokens, x.refined_tokens), (x.prompt_tokens, x.refined_prompt_tokens)
+    spent = [mean(tokens.sum(2)) for tokens in (*generated, *prompts)]
     return {
         "name": name,
         "model": metas[0]["model"],
         "parameters": metas[0]["parameters"],
-        "problems": P,
-        "n": N,
-        "k": K,
-        "seeds": S,
-        **{f"pass@{k}": float(value) for k, value in enumerate(pass_at, 1)},
+        **{"problems": P, "n": N, "k": K, "seeds": S},
+        **{f"pass@{k}": float(value) for k, value in enumerate(pass_at.mean(0), 1)},
         **{f"maj@{k}": float(value) for k, value in enumerate(maj_at.mean(0), 1)},
         "refined": mean(refined),
         "gap": {
             **against("maj@N"),
-            "relative": mean(refined - maj) / mean(maj) if maj.any() else None,
+            "relative": mean(difference) / mean(maj) if maj.any() else None,
             "relative_ci95": interval(relative),
             "mcnemar": {"better": better, "worse": worse, "p": p},
             "seed_se": float(of_seeds.std(ddof=1) / math.sqrt(S)) if S > 1 else None,
         },
         "methods": {
-            method: {"accuracy": mean(values), "ci95": interval(draws[method]), "tokens": mean(tokens)}
-            for method, (values, tokens) in methods.items()
+            method: {"accuracy": mean(credit), "ci95": interval(draws[method]), "tokens": mean(tokens)}
+            for method, (credit, tokens) in methods.items()
         },
         "equal_cost": {
-            name: {"k": k, "extrapolated": guessed, "maj": mean(maj), **against(name)} if name in draws else {"k": k}
-            for name, (k, maj, guessed) in same_cost.items()
+            cost: {"k": k, "extrapolated": guessed, "maj": mean(credit), **against(cost)} if cost in draws else {"k": k}
+            for cost, (k, credit, guessed) in same_cost.items()
         },
-        "by_correct": lines,
-        "rescued": rescued,
+        "by_correct": [
+            {"correct": c, "problems": int(at.sum()), "maj": mean(maj[at]), "refined": mean(refined[at])}
+            for c, at in enumerate(right == np.arange(N + 1)[:, None, None])
+        ],
+        "rescued": {
+            "all_wrong": count(refined, right == 0),
+            "minority_right": count(refined, (right > 0) & (maj == 0)),
+            "tied": count(refined, (maj > 0) & (maj < 1)),
+            "majority_right_broken": count(1 - refined, maj == 1),
+        },
         "order": order_sensitivity(x),
         "unanimous": mean((x.votes == x.votes[:, :, :1]).all(2) & (x.votes[:, :, 0] >= 0)),
-        "answered": {"candidates": mean(x.votes >= 0), "refinements": mean(x.refined >= 0)},
-        "cut_off": {"candidates": mean(x.cut), "refinements": mean(x.refined_cut)},
-        "length": {"candidates": mean(x.tokens), "refinements": mean(x.refined_tokens)},
-        "tokens": {
-            "candidates": mean(x.tokens.sum(2)),
-            "refinement": mean(x.refined_tokens.sum(2)),
-            "prompt": mean(x.prompt_tokens),
-            "refinement_prompt": mean(x.refined_prompt_tokens.sum(2)),
-        },
-        "seconds": {"candidates": seconds(0), "refinement": seconds(1)},
+        "answered": both(x.votes >= 0, x.refined >= 0),
+        "cut_off": both(x.cut, x.refined_cut),
+        "length": both(x.tokens, x.refined_tokens),
+        "tokens": dict(zip(("candidates", "refinement", "prompt", "refinement_prompt"), spent)),
+        "seconds": {"candidates": sampling, "refinement": refining},
     }
 
 
@@ -888,22 +871,15 @@ def scaling(rows):
     if len({row["parameters"] for row in rows}) < 2:
         return None
     gap = [row["gap"]["points"] for row in rows]
-    return {
-        "gap_and_parameters": spearman([row["parameters"] for row in rows], gap),
-        "gap_and_pass@1": spearman([row["pass@1"] for row in rows], gap),
-    }
+    return {f"gap_and_{key}": spearman([row[key] for row in rows], gap) for key in ("parameters", "pass@1")}
 
 
 # ------------------------------------------------------------------------------------------------
 # The report
 
 
-def percent(*values):
-    return "-" if None in values else " / ".join(f"{100 * value:.1f}%" for value in values)
-
-
-def plus(values, layout="{:,.0f}"):
-    return "-" if None in values else " + ".join(layout.format(value) for value in values)
+def cell(layout, *values, between=" / "):
+    return "-" if None in values else between.join(layout.format(value) for value in values)
 
 
 def gap_of(found):
@@ -916,100 +892,92 @@ def shorten(name, width):
     return name if len(name) <= width else f"{name[: width // 2 - 1]}…{name[len(name) - (width - width // 2) :]}"
 
 
+TABLES = """\
+Accuracy
+problems, N, K
+refined: the mean of K refinements
+
+Refinement Gap: refined - maj@N, on the same candidates
+points [95%], relative, [95%], better : worse, p, s.e. of seeds
+better : worse: problems on which they differ; p: exact McNemar test
+
+At equal cost: refined - maj@k, where k candidates cost what N and one refinement do
+refined, k, maj@k, gap [95%], k, maj@k, gap [95%]
+first in generated tokens, then with prompts; ~: more than there are, continued in a line, which errs
+for the vote; -: too many for that, or prompt tokens unknown
+
+What became of them
+all wrong, minority, tied, broken, order, first / last
+refined right where all candidates are wrong, where right ones are outvoted, where the vote is tied;
+refined wrong where the vote is right; order: the answer differs in another order, chance included;
+first / last: refined right, where some are, if the first or the last candidate shown is right
+
+Answers, candidates / refinements
+unanimous, answered, cut off, tokens of one
+unanimous: all candidates of a problem give the same answer
+
+Cost of a problem, candidates + refinements
+tokens generated, prompt tokens, seconds, parameters
+a prompt is read once for all its samples"""
+
+
+def cells(row, methods):
+    """What stands in a row of each of the TABLES."""
+    gap, test, tokens, order = row["gap"], row["gap"]["mcnemar"], row["tokens"], row["order"]
+    accuracy = [str(row[key]) for key in ("problems", "n", "k")]
+    accuracy += [cell("{:.1%}", row["methods"].get(method, {}).get("accuracy")) for method in methods]
+    gaps = [gap_of(gap), cell("{:+.1%}", gap["relative"]), cell("[{0[0]:+.0%}, {0[1]:+.0%}]", gap["relative_ci95"])]
+    gaps += [f"{test['better']} : {test['worse']}", f"{test['p']:.2g}", cell("{:.1%}", gap["seed_se"]).rstrip("%")]
+    cost = [f"{row['refined']:.1%}"]
+    for at in row["equal_cost"].values():
+        cost += [cell("{:.1f}", at["k"])]
+        cost += [f"{'~' * at['extrapolated']}{at['maj']:.1%}", gap_of(at)] if "maj" in at else ["-", "-"]
+    became = [f"{share:.4g} / {of}" for share, of in row["rescued"].values()]
+    became += [cell("{:.1%}", order["changed"]), cell("{:.1%}", *(order["at_place"][i][0] for i in (0, -1)))]
+    kinds = [cell("{:.1%}", row["unanimous"]), *(cell("{:.1%}", *row[key].values()) for key in ("answered", "cut_off"))]
+    kinds += [cell("{:,.0f}", *row["length"].values())]
+    spent = [cell("{:,.0f}", tokens["candidates"], tokens["refinement"], between=" + ")]
+    spent += [cell("{:,.0f}", tokens["prompt"], tokens["refinement_prompt"], between=" + ")]
+    spent += [cell("{:.2f}", *row["seconds"].values(), between=" + ")]
+    spent += [cell("{:,.1f} M", row["parameters"] and row["parameters"] / 1e6)]
+    return accuracy, gaps, cost, became, kinds, spent
+
+
 def tables(rows):
-    """The rows as tables: a list of (title, head, lines, note)."""
-    columns = [method for method in STYLES if any(method in row["methods"] for row in rows)]
-    lines = [[], [], [], [], [], []]
-    for row in rows:
-        accuracy, gap, cost, became, kinds, spent = ([row["name"]] for _ in lines)
-        accuracy += [str(row[key]) for key in ("problems", "n", "k")]
-        accuracy += [percent(row["methods"].get(method, {}).get("accuracy")) for method in columns]
-        test, relative, error = (row["gap"][key] for key in ("mcnemar", "relative", "seed_se"))
-        inside = row["gap"]["relative_ci95"]
-        gap += [gap_of(row["gap"]), "-" if relative is None else f"{100 * relative:+.1f}%"]
-        gap += ["-" if inside is None else "[{:+.0%}, {:+.0%}]".format(*inside)]
-        gap += [f"{test['better']} : {test['worse']}", f"{test['p']:.2g}"]
-        gap += ["-" if error is None else f"{100 * error:.1f}"]
-        cost.append(percent(row["refined"]))
-        for at in row["equal_cost"].values():
-            cost += ["-" if at["k"] is None else f"{at['k']:.1f}"]
-            cost += [f"{'~' * at['extrapolated']}{percent(at['maj'])}", gap_of(at)] if "maj" in at else ["-", "-"]
-        became += [f"{share:.4g} / {of}" for share, of in row["rescued"].values()]
-        became += [percent(row["order"]["changed"]), percent(*(row["order"]["at_place"][i][0] for i in (0, -1)))]
-        kinds += [percent(row["unanimous"]), *(percent(*row[key].values()) for key in ("answered", "cut_off"))]
-        kinds += [plus(row["length"].values()).replace("+", "/")]
-        tokens = row["tokens"]
-        spent += [plus([tokens["candidates"], tokens["refinement"]])]
-        spent += [plus([tokens["prompt"], tokens["refinement_prompt"]]), plus(row["seconds"].values(), "{:.2f}")]
-        spent += ["-" if not row["parameters"] else f"{row['parameters'] / 1e6:,.1f} M"]
-        for table, line in zip(lines, (accuracy, gap, cost, became, kinds, spent)):
-            table.append(line)
-    text = (
-        ("Accuracy", ["problems", "N", "K", *columns], "refined: the mean of K refinements"),
-        (
-            "Refinement Gap: refined - maj@N, on the same candidates",
-            ["points [95%]", "relative", "[95%]", "better : worse", "p", "s.e. of seeds"],
-            "better : worse: problems on which they differ; p: exact McNemar test",
-        ),
-        (
-            "At equal cost: refined - maj@k, where k candidates cost what N and one refinement do",
-            ["refined", "k", "maj@k", "gap [95%]", "k", "maj@k", "gap [95%]"],
-            "first in generated tokens, then with prompts; ~: more than there are, continued in a line, which errs "
-            "for the vote; -: too many for that, or prompt tokens unknown",
-        ),
-        (
-            "What became of them",
-            ["all wrong", "minority", "tied", "broken", "order", "first / last"],
-            "refined right where all candidates are wrong, where right ones are outvoted, where the vote is tied; "
-            "refined wrong where the vote is right; order: the answer differs in another order, chance included; "
-            "first / last: refined right, where some are, if the first or the last candidate shown is right",
-        ),
-        (
-            "Answers, candidates / refinements",
-            ["unanimous", "answered", "cut off", "tokens of one"],
-            "unanimous: all candidates of a problem give the same answer",
-        ),
-        (
-            "Cost of a problem, candidates + refinements",
-            ["tokens generated", "prompt tokens", "seconds", "parameters"],
-            "a prompt is read once for all its samples",
-        ),
-    )
-    return [(title, ["", *head], table, note) for (title, head, note), table in zip(text, lines)]
+    """The rows as tables: a list of (title, lines of cells with the headings first, note)."""
+    methods, found = [method for method in STYLES if any(method in row["methods"] for row in rows)], []
+    for text, lines in zip(TABLES.split("\n\n"), zip(*(cells(row, methods) for row in rows))):
+        title, headings, *note = text.split("\n")
+        head = ["", *headings.split(", "), *(() if found else methods)]  # the first table has a column for each method
+        found.append((title, [head, *([row["name"], *line] for row, line in zip(rows, lines))], " ".join(note)))
+    return found
 
 
-def as_text(title, head, lines, note, width=100):
+def as_text(title, lines, note, width=100):
     """A table for the terminal, `width` columns at most: long names lose their middle."""
-    lines = [head, *lines]
     widths = [max(map(len, column)) for column in zip(*lines)]
     gap = 2 if sum(widths) + 2 * len(widths) - 2 <= width else 1
     widths[0] = max(6, min(widths[0], width - sum(widths[1:]) - gap * (len(widths) - 1)))
     text = [title]
-    for name, *cells in lines:
-        cells = (cell.rjust(width) for cell, width in zip(cells, widths[1:]))
-        text.append((" " * gap).join([shorten(name, widths[0]).ljust(widths[0]), *cells]).rstrip())
+    for name, *others in lines:
+        padded = (other.rjust(size) for other, size in zip(others, widths[1:]))
+        text.append((" " * gap).join([shorten(name, widths[0]).ljust(widths[0]), *padded]).rstrip())
     return "\n".join([*text, *textwrap.wrap(f"({note})", width)])
 
 
-def as_markdown(title, head, lines, note):
-    rows = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
-    return "\n".join([f"## {title}", "", *("| " + " | ".join(row) + " |" for row in rows), "", f"{note}."])
+def as_markdown(title, lines, note):
+    head, *rest = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([f"## {title}", "", head, "| --- |" + " ---: |" * (len(lines[0]) - 1), *rest, "", f"{note}."])
 
 
 def notes(found, grader):
     """What the tables do not say, a sentence each."""
-    text = [
-        "pass@k and maj@k are exact expectations over subsets; 95% intervals are of 10,000 bootstrap draws, seed 0."
-    ]
+    text = ["pass@k and maj@k are exact expectations over subsets; 95% intervals: 10,000 bootstrap draws, seed 0."]
     for key, values in (found or {}).items():
         if values["spearman"] is not None:
-            ci = (
-                "too few for an interval"
-                if values["ci95"] is None
-                else "95% [{:+.2f}, {:+.2f}]".format(*values["ci95"])
-            )
-            what = key.replace("_and_", " against ")
-            text.append(f"{what}: rank correlation {values['spearman']:+.2f} over {values['models']} rows ({ci}).")
+            low_high = values["ci95"] and "95% [{:+.2f}, {:+.2f}]".format(*values["ci95"])
+            what = f"{key.replace('_and_', ' against ')}: rank correlation {values['spearman']:+.2f}"
+            text.append(f"{what} over {values['models']} rows ({low_high or 'too few for an interval'}).")
     if n := len(grader.stuck):
         text.append(f"{n} comparisons took longer than {grader.limit:g} s or crashed, and count as unequal.")
     return text
@@ -1020,26 +988,28 @@ def show(identity, path):
     rows = each_row(path, keys=("id", "problem", "candidates"))
     if (row := next((row for row in rows if str(row["id"]) == identity), None)) is None:
         raise InputError(f"{path}: no problem with id {identity!r} in it")
-    grader, gold, refinements = Grader(), row.get("answer"), row.get("refinements", [])
-    answers = [answer_of(c, row.get("prompt", "")) for c in row["candidates"]]
+    where = f"{path}, id {identity!r}"
+    candidates = completions(row, "candidates", where)
+    refinements = completions(row, "refinements", where) if "refinements" in row else []
+    answers = [answer_of(c, row.get("prompt", "")) for c in candidates]
     refined = [answer_of(r, r.get("prompt", "")) for r in refinements]
+    grader, gold = Grader(), row.get("answer")
     number = classes(gold, answers, grader, refined)
     grader.close()
-    print(f"{textwrap.fill(row['problem'], 100, replace_whitespace=False)}\n\nright answer: {gold}\n")
-    lines = []
-    for i, (item, answer, vote) in enumerate(zip(row["candidates"] + refinements, answers + refined, number)):
+    lines = [["", "", "answer", "votes", "tokens", "logprob", "certainty", "ended", "order"]]
+    for i, (item, answer, own) in enumerate(zip(candidates + refinements, answers + refined, number)):
         kind = f"candidate {i}" if i < len(answers) else f"refinement {i - len(answers)}"
-        mark = "right" if vote == 0 else "no answer" if vote < 0 else "wrong"
+        mark = "right" if own == 0 else "no answer" if own < 0 else "wrong"
         shown = "-" if answer is None else answer if len(answer) <= 30 else answer[:29] + "…"
-        votes = "-" if vote < 0 else str(number[: len(answers)].count(vote))
-        details = [f"{item['logprob'] / item['n_tokens']:.2f}" if "logprob" in item else "-"]
-        details += [f"{item['self_certainty']:.2f}" if "self_certainty" in item else "-"]
-        lines.append([kind, mark, shown, votes, str(item["n_tokens"]), *details, item.get("finish_reason", "-")])
-        lines[-1].append(" ".join(map(str, item.get("order", []))))
-    head = ["", "", "answer", "votes", "tokens", "logprob", "certainty", "ended", "order"]
-    print(as_text("", head, lines, "votes: candidates with the same answer; logprob: mean a token").lstrip("\n"))
-    for i, item in enumerate(row["candidates"] + refinements):
-        print(f"\n--- {lines[i][0]}: {lines[i][1]}\n{strip_thinking(item['text'])}")
+        votes = "-" if own < 0 else str(number[: len(answers)].count(own))
+        logprob = item.get("logprob") and item["logprob"] / max(item["n_tokens"], 1)
+        details = [str(item["n_tokens"]), *(cell("{:.2f}", x) for x in (logprob, item.get("self_certainty")))]
+        order = " ".join(map(str, item.get("order") or []))
+        lines.append([kind, mark, shown, votes, *details, item.get("finish_reason") or "-", order])
+    print(f"{textwrap.fill(row['problem'], 100, replace_whitespace=False)}\n\nright answer: {gold}")
+    print(as_text("", lines, "votes: candidates with the same answer; logprob: mean a token"))
+    for (kind, mark, *_), item in zip(lines[1:], candidates + refinements):
+        print(f"\n--- {kind}: {mark}\n{strip_thinking(item['text'])}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1060,38 +1030,38 @@ STYLES = {  # method -> marker, colour
 }
 
 
-def look(method, **more):
+def look(method, linestyle="none", **more):
+    """How the points of a method are drawn: arguments of plot."""
     marker, colour = STYLES[method]
-    edge = {"markeredgecolor": "black", "markeredgewidth": 0.6}
-    return {"marker": marker, "markerfacecolor": colour, "color": colour, "linestyle": "none", **edge, **more}
+    style = {"label": method, "marker": marker, "color": colour, "markerfacecolor": colour, "linestyle": linestyle}
+    return {**style, **more}
 
 
-def finish(fig, axes, path, plt, legend=(), width=1.7):
-    """What all figures have in common. `legend`: the axes whose labels it explains, `width` inches each, above all."""
-    for axis in axes:
-        axis.grid(color="0.92")
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-    handles = {label: line for axis in legend for line, label in zip(*axis.get_legend_handles_labels())}
-    if handles:
-        columns = int(fig.get_figwidth() / width)
-        fig.legend(handles.values(), handles, loc="outside upper center", ncols=columns, frameon=False)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+def in_percent(found, value):
+    """An accuracy or a gap and its interval, for a figure -> (value, [low, high])."""
+    return 100 * found[value], [100 * x for x in found["ci95"]]
 
 
-def draw_methods(rows, path, plt):
+def legend(fig, axes, width=1.7):
+    """One legend for `axes`, above all, `width` inches an entry."""
+    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())}
+    columns = int(fig.get_figwidth() / width)
+    fig.legend(handles.values(), handles, loc="outside upper center", ncols=columns, frameon=False)
+
+
+def draw_methods(rows, fig):
     """On the left the accuracy of each method with its interval, on the right the gap."""
-    size = (9, 1.4 + sum(0.3 + 0.13 * len(row["methods"]) for row in rows))
-    fig, (left, right) = plt.subplots(1, 2, figsize=size, width_ratios=(3, 2), sharey=True, layout="constrained")
+    fig.set_size_inches(9, 1.4 + sum(0.3 + 0.13 * len(row["methods"]) for row in rows))
+    left, right = fig.subplots(1, 2, width_ratios=(3, 2), sharey=True)
     for y, row in enumerate(rows):
-        for i, (method, found) in enumerate(row["methods"].items()):
-            at = y + 0.8 * ((i + 0.5) / len(row["methods"]) - 0.5)
-            left.plot([100 * x for x in found["ci95"]], [at, at], color="0.6", linewidth=1.2, zorder=1)
-            left.plot(100 * found["accuracy"], at, label=method, **look(method, markersize=7))
-        gap, (low, high) = 100 * row["gap"]["points"], (100 * x for x in row["gap"]["ci95"])
-        right.plot([low, high], [y, y], "|-", color=BLUE, markersize=9)
-        right.plot(gap, y, "D", color=BLUE, markersize=7)
+        places = y + 0.8 * ((np.arange(len(row["methods"])) + 0.5) / len(row["methods"]) - 0.5)
+        for at, (method, found) in zip(places, row["methods"].items()):
+            accuracy, ends = in_percent(found, "accuracy")
+            left.plot(ends, [at, at], color="0.6", linewidth=1.2, zorder=1)
+            left.plot(accuracy, at, **look(method))
+        gap, ends = in_percent(row["gap"], "points")
+        right.plot(ends, [y, y], "|-", color=BLUE, markersize=9, markeredgecolor=BLUE, markeredgewidth=1)
+        right.plot(gap, y, "D", color=BLUE)
         right.annotate(f"{gap:+.1f}", (gap, y), (0, 8), textcoords="offset points", ha="center", fontsize=9)
         for axis in (left, right):
             axis.axhline(y + 0.5, color="0.8", linewidth=0.8)
@@ -1101,102 +1071,95 @@ def draw_methods(rows, path, plt):
     right.axvline(0, color="black", linewidth=0.8)
     right.set(xlabel="Refinement Gap: refined - maj@N\n(points, 95% interval)")
     right.margins(x=0.15)
-    finish(fig, [left, right], path, plt, legend=[left])
+    legend(fig, [left])
 
 
-def panels(rows, plt, height, parts=1, **options):
-    """A panel (of `parts` axes above each other) for each row, four beside each other -> figure, axes [parts, rows]."""
+def panels(rows, fig, ylabel):
+    """A panel for each row, four beside each other -> axes, as many as rows."""
     across = min(len(rows), 4)
     down = -(-len(rows) // across)
-    size = (max(5, 3 * across), 0.6 + height * down)
-    fig, axes = plt.subplots(parts * down, across, figsize=size, squeeze=False, layout="constrained", **options)
-    axes = axes.reshape(down, parts, across).swapaxes(0, 1).reshape(parts, -1)
-    for axis in axes[:, len(rows) :].ravel():
-        axis.remove()
-    for axis, row in zip(axes[0], rows):
-        axis.set_title(shorten(row["name"], 28), fontsize=10)
-    return fig, axes[:, : len(rows)]
-
-
-def draw_frontier(rows, path, plt):
-    """Accuracy against tokens: votes and a perfect judge of 1..N candidates, and the other methods."""
-    fig, [axes] = panels(rows, plt, 3.0, sharey=True)
+    fig.set_size_inches(max(5, 3 * across), 0.6 + 3 * down)
+    axes = fig.subplots(down, across, squeeze=False, sharey=True).ravel()
     for axis, row in zip(axes, rows):
-        numbers = range(1, row["n"] + 1)
-        tokens = [row["tokens"]["candidates"] * k / row["n"] for k in numbers]
+        axis.set_title(shorten(row["name"], 28), fontsize=10)
+    for axis in axes[::across]:
+        axis.set_ylabel(ylabel)
+    for axis in axes[len(rows) :]:
+        axis.remove()
+    return axes[: len(rows)]
+
+
+def draw_frontier(rows, fig):
+    """Accuracy against tokens: votes and a perfect judge of 1..N candidates, and the other methods."""
+    axes = panels(rows, fig, "problems solved (%)")
+    for axis, row in zip(axes, rows):
+        k = np.arange(1, row["n"] + 1)
         size = 4 if row["n"] <= 16 else 0  # no markers where they would run into each other
         for kind, line in (("maj", "-"), ("pass", ":")):
-            more = {"linestyle": line, "color": "0.35", "markersize": size, "label": f"{kind}@k, k = 1 to N"}
-            axis.plot(tokens, [100 * row[f"{kind}@{k}"] for k in numbers], **look(f"{kind}@N", **more))
+            more = {"markersize": size, "color": "0.35", "label": f"{kind}@k, k = 1 to N"}
+            curve = [100 * row[f"{kind}@{i}"] for i in k]
+            axis.plot(row["tokens"]["candidates"] * k / row["n"], curve, **look(f"{kind}@N", line, **more))
         for method, found in row["methods"].items():
             if "@" not in method:
-                axis.plot(found["tokens"], 100 * found["accuracy"], label=method, **look(method, markersize=7))
+                axis.plot(found["tokens"], 100 * found["accuracy"], **look(method))
         refined = row["methods"]["refined"]
-        axis.vlines(refined["tokens"], *(100 * x for x in refined["ci95"]), color=BLUE, linewidth=1.2)
-        axis.set_xlim(left=0)
-        axis.set_xlabel("tokens generated a problem")
-    for axis in axes[::4]:
-        axis.set_ylabel("problems solved (%)")
-    finish(fig, axes, path, plt, legend=axes)
+        axis.vlines(refined["tokens"], *in_percent(refined, "accuracy")[1], color=BLUE, linewidth=1.2)
+        axis.set(xlim=(0, 1.08 * row["methods"]["union"]["tokens"]), xlabel="tokens generated a problem")
+    legend(fig, axes)
 
 
-def draw_outcomes(rows, path, plt):
-    """By the number of right candidates: how many problems, and how often vote and refinement are right."""
-    fig, (above, below) = panels(rows, plt, 3.6, parts=2, height_ratios=(1, 2) * -(-len(rows) // 4))
-    for top, axis, row in zip(above, below, rows):
-        there = [line for line in row["by_correct"] if line["problems"]]
-        numbers = [line["correct"] for line in there]
-        total = sum(line["problems"] for line in there)
-        shares = [100 * line["problems"] / total for line in there]
-        top.bar(numbers, shares, color="0.7", edgecolor="0.3", linewidth=0.6)
-        for key, method, line in (("maj", "maj@N", "-"), ("refined", "refined", "--")):
-            values = [100 * line[key] for line in there]
-            axis.plot(numbers, values, label=method, **look(method, linestyle=line, markersize=6))
-        axis.set(ylim=(-5, 105), xlabel=f"right candidates of {row['n']}")
-        for each in (top, axis):
-            each.set_xlim(-0.7, row["n"] + 0.7)
-            each.xaxis.get_major_locator().set_params(integer=True)
-        top.tick_params(labelbottom=False)
-    for top, axis in zip(above[::4], below[::4]):
-        top.set_ylabel("problems (%)")
-        axis.set_ylabel("solved (%)")
-    finish(fig, [*above, *below], path, plt, legend=below)
+def draw_outcomes(rows, fig):
+    """By the number of right candidates: how many problems (bars), and how often vote and refinement are right."""
+    axes = panels(rows, fig, "problems (%)")
+    for axis, row in zip(axes, rows):
+        there = [list(line.values()) for line in row["by_correct"] if line["problems"]]
+        right, problems, maj, refined = np.array(there).T
+        shares = 100 * problems / problems.sum()
+        axis.bar(right, shares, color="0.85", edgecolor="0.6", linewidth=0.6, label="share of all problems")
+        for method, line, solved in (("maj@N", "-", maj), ("refined", "--", refined)):
+            axis.plot(right, 100 * solved, **look(method, line, markersize=6, label=f"of these, solved by {method}"))
+        axis.set(xlim=(-0.7, row["n"] + 0.7), ylim=(-5, 105), xlabel=f"right candidates of {row['n']}")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    legend(fig, axes, 2.8)
 
 
-def draw_scaling(rows, path, plt):
+def draw_scaling(rows, fig):
     """The gap against the model's parameters, and against what one sample is worth."""
     rows = [row for row in rows if row["parameters"]]
-    fig, axes = plt.subplots(1, 2, figsize=(8, 3.8 + 0.07 * len(rows)), sharey=True, layout="constrained")
+    fig.set_size_inches(8, 3.8 + 0.07 * len(rows))
+    axes = fig.subplots(1, 2, sharey=True)
     for i, row in enumerate(rows):
-        gap, (low, high) = 100 * row["gap"]["points"], (100 * x for x in row["gap"]["ci95"])
+        gap, ends = in_percent(row["gap"], "points")
+        style = {"color": (BLUE, "white", "0.6")[i // 8 % 3], "marker": "osD^v<>p"[i % 8], "linestyle": "none"}
         for axis, x in zip(axes, (row["parameters"], 100 * row["pass@1"])):
-            axis.vlines(x, low, high, color="0.6", linewidth=1.2, zorder=1)
-            style = {"color": (BLUE, "white", "0.6")[i // 8 % 3], "markeredgecolor": "black", "markersize": 7}
-            axis.plot(x, gap, "osD^v<>p"[i % 8], label=shorten(row["name"], 24), **style)
+            axis.vlines(x, *ends, color="0.6", linewidth=1.2, zorder=1)
+            axis.plot(x, gap, label=shorten(row["name"], 24), **style)
     for axis, what in zip(axes, ("parameters", "pass@1 (%)")):
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_xlabel(what)
         axis.margins(x=0.15)
-    axes[0].set_xscale("log")
-    axes[0].set_ylabel("Refinement Gap (points, 95% interval)")
-    finish(fig, axes, path, plt, legend=axes[:1], width=2.8)
+    axes[0].set(xscale="log", ylabel="Refinement Gap (points, 95% interval)")
+    legend(fig, axes[:1], 2.8)
 
 
 def draw(rows, found, out):
     """Draw all figures -> their names."""
     import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     figures = {"figure.png": draw_methods, "frontier.png": draw_frontier, "outcomes.png": draw_outcomes}
     if found:
         figures["scaling.png"] = draw_scaling
-    for name, function in figures.items():
-        try:
-            function(rows, out / name, plt)
-        except OSError as e:
-            raise InputError(f"{out / name}: cannot be written ({e.strerror}); choose another --out")
+    with matplotlib.rc_context():
+        matplotlib.rc("figure.constrained_layout", use=True)
+        matplotlib.rc("axes", grid=True, axisbelow=True)
+        matplotlib.rc("axes.spines", top=False, right=False)
+        matplotlib.rc("grid", color="0.92")
+        matplotlib.rc("lines", markersize=7, markeredgecolor="black", markeredgewidth=0.6)
+        for name, function in figures.items():
+            fig = Figure()
+            function(rows, fig)
+            fig.savefig(out / name, dpi=150)
     return list(figures)
 
 
@@ -1213,28 +1176,61 @@ def run_suite(args, flags):
     """
     from sample import BENCHMARKS
 
-    sets, out = SUITES.get(args.suite) or args.suite.split(","), Path(args.out)
-    for name in sets:
+    commands, files = [], []
+    for name in SUITES.get(args.suite) or args.suite.split(","):
         if name not in BENCHMARKS and not Path(name).is_file():
             known = ", ".join(BENCHMARKS)
             raise InputError(f"--suite {args.suite}: no file and no benchmark {name!r}; there are {known}")
-    common = ["--model", args.model, *flags]
-    commands, files = [], []
-    for name in sets:
-        candidates, refined = (str(out / f"{Path(name).stem}.{kind}.jsonl") for kind in ("candidates", "refined"))
-        limit = ["--limit", str(args.limit)] if args.limit else []
-        commands.append(["sample.py", "--data", name, *limit, "--n", str(args.n), "--out", candidates, *common])
-        commands.append(["refine.py", "--candidates", candidates, "--k", str(args.k), "--out", refined, *common])
+        stem = str(Path(args.out, Path(name).stem))
+        candidates, refined = f"{stem}.candidates.jsonl", f"{stem}.refined.jsonl"
         if refined in files:
             raise InputError(f"--suite {args.suite}: two sets of the name {Path(name).stem}; rename one of them")
+        limit = ["--limit", str(args.limit)] if args.limit else []
+        commands.append(["sample.py", "--data", name, *limit, "--n", str(args.n), "--out", candidates])
+        commands.append(["refine.py", "--candidates", candidates, "--k", str(args.k), "--out", refined])
         files.append(refined)
     started = time.time()
-    for number, command in enumerate(commands, 1):
-        print(f"[{number} of {len(commands)}, {time.time() - started:.0f} s] python {shlex.join(command)}", flush=True)
-        code = subprocess.run([sys.executable, str(Path(__file__).with_name(command[0])), *command[1:]]).returncode
-        if code:
+    for number, (script, *given) in enumerate(commands, 1):
+        given += ["--model", args.model, *flags]
+        at = f"[{number} of {len(commands)}, {time.time() - started:.0f} s]"
+        print(f"{at} python {shlex.join([script, *given])}", flush=True)
+        if code := subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *given]).returncode:
             sys.exit(code)  # it has said why
     return files
+
+
+def report(files, out, limit):
+    """Read and grade `files`, and write everything about them to the folder `out`."""
+    started, names = time.time(), {}
+    for text in files:
+        name, _, paths = text.partition("=") if "=" in text and not Path(text).exists() else ("", "", text)
+        paths = [paths] if Path(paths).exists() else paths.split(",")
+        name = name or Path(paths[0]).name.removesuffix(".jsonl").removesuffix(".refined")
+        while name in names:  # two folders may have files of one name
+            name += "'"
+        names[name] = paths
+    read = {name: [read_refined(path) for path in paths] for name, paths in names.items()}
+    for name, paths in names.items():
+        check_same_problems(paths, read[name])
+    grader, rows = Grader(limit, out / "grades.jsonl"), []
+    for name, paths in names.items():
+        outcomes = grade_files(read[name], grader, name)
+        rows.append(report_row(name, outcomes, [read_meta(path) for path in paths]))
+    grader.close()
+    found = scaling(rows)
+    grading = {"asked": len(grader.known), "stuck": len(grader.stuck), "limit": limit}
+    write_json(out / "report.json", {"rows": rows, "scaling": found, "grading": grading})
+    parts, sentences = tables(rows), notes(found, grader)
+    try:
+        figures = draw(rows, found, out)
+        text = ["# Report", *(as_markdown(*part) for part in parts), *(f"- {text}" for text in sentences)]
+        text += [f"![{name}]({name})" for name in figures]
+        (out / "report.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    except OSError as e:
+        raise InputError(f"{e.filename or out}: cannot be written ({e.strerror}); choose another --out")
+    print("", *(as_text(*part) for part in parts), sep="\n\n")
+    print("", *itertools.chain(*(textwrap.wrap(text, 100) for text in sentences)), sep="\n")
+    print(f"{out}: report.json, report.md, {', '.join(figures)} written ({time.time() - started:.0f} s)")
 
 
 def main(argv=None):
@@ -1261,45 +1257,6 @@ def main(argv=None):
             raise InputError(f"--show {args.show}: give one file, and no --suite")
         return show(args.show, args.files[0])
     report(run_suite(args, flags) if suite else args.files, Path(args.out), args.time_limit)
-
-
-def report(files, out, limit):
-    """Read and grade `files`, and write everything about them to the folder `out`."""
-    from tqdm import tqdm
-
-    started, names = time.time(), {}
-    for text in files:
-        name, _, paths = text.partition("=") if "=" in text and not Path(text).exists() else ("", "", text)
-        paths = [paths] if Path(paths).exists() else paths.split(",")
-        name = name or Path(paths[0]).name.removesuffix(".jsonl").removesuffix(".refined")
-        while name in names:  # two folders may have files of one name
-            name += "'"
-        names[name] = paths
-    files = {name: [(path, read_refined(path)) for path in paths] for name, paths in names.items()}
-    for read in files.values():
-        check_same_problems(read)
-    grader, rows = Grader(limit, out / "grades.jsonl"), []
-    for name, read in files.items():
-        with tqdm(desc=f"grade {name}", unit=" comparisons") as bar:
-
-            def progress(number, total, bar=bar):
-                bar.total = total
-                bar.update(number - bar.n)
-
-            outcomes = grade_files([problems for _, problems in read], grader, progress)
-        rows.append(report_row(name, outcomes, [read_meta(path) for path in names[name]]))
-    grader.close()
-    found = scaling(rows)
-    grading = {"asked": len(grader.known), "stuck": len(grader.stuck), "limit": limit}
-    write_json(out / "report.json", {"rows": rows, "scaling": found, "grading": grading})
-    figures = draw(rows, found, out)
-    parts, sentences = tables(rows), notes(found, grader)
-    markdown = ["# Report", *(as_markdown(*part) for part in parts), *(f"- {text}" for text in sentences)]
-    markdown += [f"![{name}]({name})" for name in figures]
-    (out / "report.md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
-    print("", *(as_text(*part) for part in parts), sep="\n\n")
-    print("", *itertools.chain(*(textwrap.wrap(text, 100) for text in sentences)), sep="\n")
-    print(f"{out}: report.json, report.md, {', '.join(figures)} written ({time.time() - started:.0f} s)")
 
 
 if __name__ == "__main__":

@@ -187,6 +187,28 @@ def test_crashing_worker_is_replaced(grader):
     assert grader.equal("x+2", "2+x") is True and grader.equal("x+3", "3+x") is True
 
 
+def test_answers_that_are_not_tidy_after_one_pass(grader):
+    """Guards against: a pair that is tidied once more when it is asked about, and then is not found again."""
+    for answer in ("x+2..", "x . .", r"\displaysty\displaystylele x"):
+        assert e.tidy(e.tidy(answer)) != e.tidy(answer) and grader.equal("x+1", answer) is False
+    assert e.classes("x+1", ["x+2..", "x+2.."], grader, ["x+2.."]) == [1, 1, 1]
+
+
+def test_ctrl_c_does_not_reach_the_grading_processes(grader):
+    """Guards against: a traceback from each of them on the terminal, above the one line of the command itself."""
+    assert grader.equal("x+1", "1+x") is True
+    assert grader.workers and all(os.getsid(worker.pid) == worker.pid for worker in grader.workers)
+
+
+def test_missing_math_verify_is_no_wrong_answer(monkeypatch):
+    """Guards against: processes that cannot start, and whose silence counts as unequal answers."""
+    grader = e.Grader()
+    monkeypatch.setattr(e.sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="is math-verify installed"):
+        grader.equal("x+1", "1+x")
+    grader.close()
+
+
 @pytest.mark.slow
 def test_twenty_thousand_answers_take_less_than_a_minute(tmp_path):
     """Answers as they come from sampling: 500 problems, 40 answers each, of which about ten are different texts."""
@@ -267,6 +289,15 @@ def test_weighted_votes_equal_the_slow_way():
         weights = rng.integers(1, 4, votes.shape).astype(float)  # whole numbers: there are ties
         expected = [slow_vote(v, w) for v, w in zip(votes.tolist(), weights.tolist())]
         assert e.vote(votes, weights).tolist() == pytest.approx(expected)
+
+
+def test_weights_do_not_vanish_beside_a_candidate_without_an_answer():
+    """Guards against: e^-1000 relative to a short candidate without an answer, which is 0, and so no vote at all."""
+    arrays = {key: value[None, None] for key, value in outcome_arrays(3, 1).items()}
+    arrays["logprob"], arrays["tokens"] = np.array([[[-2.0, -1000.0, -1001.0]]]), np.zeros((1, 1, 3))
+    x = e.Outcomes(votes=np.array([[[-1, 0, 1]]]), refined=np.zeros((1, 1, 1), int), **arrays)
+    found = e.methods_of(x)
+    assert found["weighted"][0] == found["logprob"][0] == 1  # nor does a candidate of no tokens lose to nan
 
 
 def test_best_of_n():
@@ -689,10 +720,15 @@ def test_large_report_takes_little_time_and_memory(tmp_path):
         ("[1]\n", "line 1: not a JSON object"),
         ('{"id": 1, "a": 2}\n\n{"id": "1"}\n', "line 3: id '1' already stands on line 1"),
         (json.dumps(refined_row("a", [], ["1"])) + "\n", "its 'candidates' are empty"),
+        (json.dumps(refined_row("a", ["1"], ["1"])).replace(": 7", ": null"), "its 'refinements' are empty or lack"),
+        (
+            json.dumps(refined_row("a", ["1"], ["1"])).replace(r'"\\boxed{1}"', "1"),
+            "its 'candidates' are empty or lack text",
+        ),
         (json.dumps({**refined_row("a", ["1", "1"], ["1"]), "candidates": None}) + "\n", "its 'candidates' are empty"),
         (
             json.dumps(refined_row("a", ["1", "1"], ["1"])).replace("-1.0", '"?"'),
-            "id 'a': not all of its n_tokens, logprob",
+            "id 'a': not all of its logprob are numbers",
         ),
         (json.dumps(refined_row("a", ["1"], ["1"])), "id 'a': the order [0, 1] is not one of its 1 candidates"),
         (json.dumps(refined_row(None, ["1", "1"], ["1"])), "line 1: no 'id' in it"),
