@@ -29,7 +29,8 @@ pages, and each has a copy of the third, on which it goes on by itself:
 
 The life of a row, in `stream`:
 
-    waiting    its prompt comes in when there are pages for it and batch room for its samples
+    waiting    its prompt comes in when there are pages for it and batch room for its samples, and with it a copy of
+               what all prompts begin with, which was read before everything else
     reading    each step reads up to a chunk of the prompts on their way, beside one token of every row
     ready      the prompt is read, once for all its samples; they start as soon as the batch has room
     row        a token a step; a new page when the last one is full
@@ -713,7 +714,7 @@ def sample_token(logits, u, params):
     Draws by inverting the cumulative distribution at u, over the vocabulary in its own order. One random
     number a row, instead of V of them for a Gumbel or multinomial draw, is what lets a sample's randomness
     be drawn beforehand from its key. With filters, most rows keep fewer than 128 tokens and are drawn from these;
-    nothing is sorted whole on a CPU, where that would take as long as all else.
+    the others are not sorted whole on a CPU either, where that would take as long as all else: see `nucleus`.
 
     The certainty is KL(uniform || p) = logsumexp(logits) - mean(logits) - log V, in nats at temperature 1 (arXiv
     2502.18581).
