@@ -187,6 +187,15 @@ def test_crashing_worker_is_replaced(grader):
     assert grader.equal("x+2", "2+x") is True and grader.equal("x+3", "3+x") is True
 
 
+def test_huge_numbers_crash_no_worker(grader):
+    """Guards against: an overflow from abs() of a complex nan, which ended the process with a traceback."""
+    assert grader.equal("x+1", "1+x") is True
+    before = {worker.pid for worker in grader.workers}
+    assert grader.equal("5070365563156674", "50505015664=5050505050505050505015") is False
+    assert not any("50505015664" in answer for _, answer in grader.stuck)
+    assert {worker.pid for worker in grader.workers} == before
+
+
 def test_answers_that_are_not_tidy_after_one_pass(grader):
     """Guards against: a pair that is tidied once more when it is asked about, and then is not found again."""
     for answer in ("x+2..", "x . .", r"\displaysty\displaystylele x"):
