@@ -27,15 +27,15 @@ pages, and each has a copy of the third, on which it goes on by itself:
     sample 0, own pages                           | 128 .. 149, then what it draws .. 191 | 192 .. |
     sample 1, own pages                           | 128 .. 149, then what it draws .. 191 | 192 .. |
 
-The life of a row, in `stream`:
+The life of a sample, in `stream`:
 
     waiting    its prompt comes in when there are pages for it and batch room for its samples, and with it a copy of
                what all prompts begin with, which was read before everything else
-    reading    each step reads up to a chunk of the prompts on their way, beside one token of every row
-    ready      the prompt is read, once for all its samples; they start as soon as the batch has room
-    row        a token a step; a new page when the last one is full
+    reading    each step reads up to a chunk of the prompts on their way: once for all samples, all but the last token
+    row        when the batch has room it starts, with the prompt's last token: a token a step, beside those being read,
+               and a new page when the last one is full
     done       at a stop token or at its limit: its pages are free again at once, and the next prompt comes in
-    evicted    when no page is free, the youngest gives its own up and waits again, what it drew kept
+    evicted    when no page is free, the youngest gives its own up and waits again, what it drew now part of its prompt
 
 Try it on a question:
 
@@ -457,7 +457,7 @@ def load(name, device="cpu", dtype=torch.float32):
     with torch.device("meta"):  # shapes only: the weights come from the file, without being filled twice
         model = Decoder(config)
     model.rope_freq = rope_frequencies(config)[0]
-    expected, found, wrong = model.state_dict(), {}, []
+    expected, found = model.state_dict(), {}
     if config.tie_embeddings:
         expected.pop("lm_head.weight")
     for file in files:
@@ -470,11 +470,10 @@ def load(name, device="cpu", dtype=torch.float32):
                     found[key] = shard.get_tensor(key).to(dtype)
         except (OSError, SafetensorError) as e:
             raise InputError(f"{folder / file}: cannot be read as safetensors ({e})")
-    wrong += [f"{key} is missing" for key in expected if key not in found]
-    wrong += [f"{key} is spare" for key in found if key not in expected]
-    for key in expected.keys() & found.keys():
-        if expected[key].shape != found[key].shape:
-            wrong.append(f"{key} is {list(found[key].shape)}, not {list(expected[key].shape)}")
+    shapes, should = ({key: list(value.shape) for key, value in x.items()} for x in (found, expected))
+    wrong = [f"{key} is missing" for key in should if key not in shapes]
+    wrong += [f"{key} is spare" for key in shapes if key not in should]
+    wrong += [f"{key} is {x}, not {should[key]}" for key, x in shapes.items() if x != should.get(key, x)]
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise InputError(f"{folder}: weights do not fit config.json: {', '.join(sorted(wrong)[:8])}{more}")
@@ -496,37 +495,35 @@ def save(model, folder, source, card=None, shard_bytes=5 * 10**9):
     state = model.state_dict()
     if model.config.tie_embeddings:
         state.pop("lm_head.weight")
-    sizes = {key: value.numel() * value.element_size() for key, value in state.items()}
-    files, filled = [[]], 0
-    for key, size in sizes.items():
-        if files[-1] and filled + size > shard_bytes:
+    files, filled, total = [[]], 0, sum(value.nbytes for value in state.values())
+    for key, value in state.items():
+        if files[-1] and filled + value.nbytes > shard_bytes:
             files, filled = [*files, []], 0
         files[-1].append(key)
-        filled += size
+        filled += value.nbytes
     if writes:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     weight_map = {}
     for number, keys in enumerate(files, 1):
         name = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
+        weight_map |= dict.fromkeys(keys, name)
         part = {}
         for key in keys:
-            value = state[key].detach()
-            value = value.full_tensor() if hasattr(value, "full_tensor") else value
+            whole = state[key].full_tensor() if hasattr(state[key], "full_tensor") else state[key]
             if writes:
-                part[key] = value.cpu().contiguous()
+                part[key] = whole.detach().cpu().contiguous()
         if writes:
             save_file(part, partial / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(keys, name)
     if not writes:
         return
-    if len(files) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    raw = {**model.config.raw, "torch_dtype": dtype}
+    raw = {**model.config.raw, "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch.")}
     raw.pop("dtype", None)  # the newer name of the same
-    (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    written = {"config.json": raw}
+    if len(files) > 1:
+        written["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    for name, content in written.items():
+        (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if card:
         (partial / "README.md").write_text(card, encoding="utf-8")
     for name in TOKENIZER_FILES:
@@ -551,17 +548,15 @@ class Tokenizer:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         settings = read_json(p) if (p := folder / "tokenizer_config.json").exists() else {}
-        defaults = read_json(p) if (p := folder / "generation_config.json").exists() else {}
-        self.generation_config = defaults
+        self.generation_config = read_json(p) if (p := folder / "generation_config.json").exists() else {}
 
         # The words for bos, eos, ... that a template may use; each is a string or {"content": string}.
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
         words = {n: w["content"] if isinstance(w := settings.get(n), dict) else w for n in names}
         self.template_words = {name: word or "" for name, word in words.items()}
+        source = settings.get("chat_template")
         if (folder / "chat_template.jinja").exists():
             source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        else:
-            source = settings.get("chat_template")
         if isinstance(source, list):  # several named templates
             source = {t["name"]: t["template"] for t in source}.get("default")
         if not source:
@@ -569,8 +564,8 @@ class Tokenizer:
 
         # A template is a program from somewhere else: it runs in jinja's sandbox. Templates that print today's
         # date get a fixed one, so that the same command gives the same prompt tomorrow.
-        loop_controls = ["jinja2.ext.loopcontrols"]
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loop_controls)
+        options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
+        env = ImmutableSandboxedEnvironment(**options)
         env.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
         env.globals["strftime_now"] = lambda layout: {"%d %b %Y": "26 Jul 2024"}.get(layout, "2024-07-26")
 
@@ -584,7 +579,7 @@ class Tokenizer:
             raise InputError(f"{folder}: the chat template cannot be read: {e}")
 
         # Generation stops at any of these ids; the one that the tokenizer calls eos ends a trained completion.
-        stops = defaults.get("eos_token_id", config.raw.get("eos_token_id"))
+        stops = self.generation_config.get("eos_token_id", config.raw.get("eos_token_id"))
         stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
         eos = self.tokenizer.token_to_id(self.template_words["eos_token"])
         if not stops and eos is None:
@@ -755,11 +750,9 @@ def pack(model):
     few rows then run two to four times as fast as F.linear, which lays the weights out anew at every call. The
     plain weights are let go, so a packed model can sample and nothing else; a tied embedding stays beside its copy.
     """
-    weight = model.lm_head.weight
-    operators = torch.ops.mkldnn
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return
-    if not (hasattr(operators, "_reorder_linear_weight") and hasattr(operators, "_linear_pointwise")):
+    weight, operators = model.lm_head.weight, torch.ops.mkldnn
+    there = hasattr(operators, "_reorder_linear_weight") and hasattr(operators, "_linear_pointwise")
+    if not (there and torch.backends.mkldnn.is_available() and weight.is_cpu and weight.dtype == torch.float32):
         return
 
     def merge(*layers):
@@ -771,11 +764,10 @@ def pack(model):
         layers[0].packed = lambda x: operators._linear_pointwise(x, weight, bias, "none", [], "").split(sizes, -1)
 
     for block in model.model.layers:
-        attention, mlp = block.self_attn, block.mlp
-        merge(attention.q_proj, attention.k_proj, attention.v_proj)
-        merge(attention.o_proj)
-        merge(mlp.gate_proj, mlp.up_proj)
-        merge(mlp.down_proj)
+        merge(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+        merge(block.self_attn.o_proj)
+        merge(block.mlp.gate_proj, block.mlp.up_proj)
+        merge(block.mlp.down_proj)
     merge(model.lm_head)
     # glibc gives blocks of 32 MB and more back to the system as soon as they are free, and the system clears
     # them when they are asked for again: with 64 rows of 152k logits that takes as long as the model itself.
@@ -793,11 +785,10 @@ def free_memory(device):
         return torch.cuda.mem_get_info(device)[0]
     free = []
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
+        free.append(1024 * int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]))
         group = Path("/sys/fs/cgroup")  # a container's own limit, where it has one
         free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError, StopIteration):
+    except (OSError, ValueError, IndexError):
         free = free or [2**32]
     return max(0, min(free)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
