@@ -712,7 +712,7 @@ def sample_token(logits, u, params):
     norm = logits.amax(-1, keepdim=True) - probs.amax(-1, keepdim=True).log()  # a tenth of logsumexp's time
     certainty = norm - logits.mean(-1, keepdim=True) - math.log(logits.shape[-1])
     if params.temperature not in (0, 1):
-        probs = torch.softmax(logits / params.temperature, -1)
+        torch.softmax(logits / params.temperature, -1, out=probs)
     if params.temperature == 0:
         token = logits.argmax(-1, keepdim=True)
     elif params.top_k or params.top_p < 1 or params.min_p:
@@ -815,14 +815,12 @@ class PagedCache:
         self.free = list(range(1, n_pages))  # in order
         self.users = [0] * n_pages
         self.shared = np.zeros(n_pages, dtype=bool)
-        self.peak = 0  # the most pages ever in use
 
     def take(self, n, shared=False):
         pages = [self.free.pop(0 if shared else -1) for _ in range(n)]
         for page in pages:
             self.users[page], self.shared[page] = 1, shared
             self.k[:, page], self.v[:, page] = 0, 0  # what is masked still must be a number
-        self.peak = max(self.peak, len(self.users) - 1 - len(self.free))
         return pages
 
     def release(self, pages):
@@ -903,21 +901,20 @@ class PagedCache:
         block, which all of them read. Returns parts, each of P blocks of W pages: (where the blocks' pages are, their
         readers [P, n], for each window the bias of the scores [P, 1, n * G or 1, W * page]).
         """
-        B, K, shared, blocks = len(table), self.k.shape[3], self.shared[table], []
+        B, K, shared = len(table), self.k.shape[3], self.shared[table]
         row, column = ((table > 0) & ~shared).nonzero()
         reader, start = np.full(len(self.users), B), np.zeros(len(self.users), dtype=np.int64)  # row B is nobody
         reader[table[row, column]], start[table[row, column]] = row, column * self.page
         [own] = (reader < B).nonzero()
         if 2 * len(own) > own[-1] + 1 - own[0]:  # read in place, with a few that nobody reads
             own = slice(own[0], own[-1] + 1)
-        blocks.append((own, reader[own][:, None], start[own]))
+        blocks = [(own, reader[own][:, None], start[own])]
         prompts = {}  # number of shared pages -> the first of them -> the rows that read them
         for row, (count, first) in enumerate(zip(shared.sum(1).tolist(), table[:, 0].tolist())):
             prompts.setdefault(count, {}).setdefault(first, []).append(row)
-        prompts.pop(0, None)
-        for count, readers in prompts.items():
-            n = max(map(len, readers.values()))
-            readers = np.array([rows + [B] * (n - len(rows)) for rows in readers.values()])
+        for count in prompts.keys() - {0}:
+            n = max(map(len, prompts[count].values()))
+            readers = np.array([rows + [B] * (n - len(rows)) for rows in prompts[count].values()])  # [P, n]
             blocks.append((table[readers[:, 0], :count], readers, np.zeros(len(readers), dtype=np.int64)))
 
         parts, last = [], F.pad(self.positions[:B], (0, 1), value=-1)  # [B + 1]
@@ -974,9 +971,8 @@ def attend_block(q, k, v, bias):
 
 def use_varlen(device, dtype):
     """Whether attention can read pages by itself: on CUDA, in half precision, with torch 2.13 or later."""
-    if varlen_attn is None or "block_table" not in inspect.signature(varlen_attn).parameters:
-        return False
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    reads_pages = varlen_attn is not None and "block_table" in inspect.signature(varlen_attn).parameters
+    return reads_pages and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 class DecodeGraphs:
@@ -1168,6 +1164,7 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
                 ids += prompt.ids[prompt.done : prompt.done + n]
                 prompt.done, left = prompt.done + n, left - n
                 stats.prompt_tokens += n
+        stats.peak_pages = max(stats.peak_pages, n_pages - 1 - len(cache.free))
         positions, ids, burst = cache.plan(sequences, len(rows)), torch.tensor(ids, device=device), 1
         if recorded and left == chunk:
             burst, table = min(ahead, *(row.limit - len(row.ids) for row in rows)), cache.table
@@ -1188,7 +1185,7 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
             if step < burst:
                 logits = recorded.step(token, positions + step, table)
         drawn = torch.stack(drawn).tolist()  # [burst, 3, B], the one transfer
-        stats.steps, stats.rows, stats.peak_pages, finished = stats.steps + burst, len(rows), cache.peak, []
+        stats.steps, stats.rows, finished = stats.steps + burst, len(rows), []
         for at, row in enumerate(rows):
             for tokens, logprobs, certainties in drawn:
                 if math.isnan(logprobs[at]):
