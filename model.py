@@ -952,11 +952,11 @@ class PagedCache:
             block = attend_block(its, k, v, biases[window])  # [P, K, n * G, D], [P, K, n * G]
             found.append([readers.flatten(), *(x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1) for x in block)])
         reader, y, lse = (torch.cat(x) for x in zip(*found))  # [N], [N, K, G, D], [N, K, G], of all parts
-        top = lse.new_full(q.shape[:3], -math.inf)
+        top = lse.new_full(q.shape[:3], -math.inf)  # [B + 1, K, G]
         top.scatter_reduce_(0, reader[:, None, None].expand_as(lse), lse, "amax")
         share = (lse - top[reader]).exp_()
-        total = torch.zeros_like(top).index_add_(0, reader, share)  # [B + 1, K, G]
-        out = torch.zeros_like(q, dtype=y.dtype).index_add_(0, reader, share[..., None] * y)
+        total = torch.zeros_like(top).index_add_(0, reader, share)
+        out = lse.new_zeros(q.shape).index_add_(0, reader, share[..., None] * y)
         return (out / total[..., None])[:B].flatten(1, 2).to(q.dtype)
 
 
@@ -964,9 +964,9 @@ def attend_block(q, k, v, bias):
     """q [P, K, R, D] attends to k, v [P, K, S, D] -> the result [P, K, R, D], and its scores' log sum exp [P, K, R]."""
     if q.is_cpu and q.shape[2] >= 16:  # with many queries, one kernel whose scores never leave the processor's cache
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
-    scores = ((q * q.shape[-1] ** -0.5) @ k.mT).float() + bias  # [P, K, R, S]
+    scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().mT + bias  # [P, K, R, S]
     weight = scores.softmax(-1)
-    return (weight.to(v.dtype) @ v).float(), scores.amax(-1) - weight.amax(-1).log()
+    return weight @ v.float(), scores.amax(-1) - weight.amax(-1).log()
 
 
 def use_varlen(device, dtype):
