@@ -681,21 +681,9 @@ def nucleus_unsorted(probs, mass):
 
 
 def draw(weights, u):
-    """weights [B, n] >= 0, u [B, 1] in [0, 1) -> [B, 1], the entries where their running sums pass u of the total.
-
-    The sum goes in two levels: over blocks, then inside the one block that u falls into.
-    """
-    block = 256
-    blocks = F.pad(weights, (0, -weights.shape[1] % block)).unflatten(1, (-1, block))  # [B, n / block, block]
-    sums = blocks.sum(-1).double().cumsum(-1)  # [B, n / block]
-    target = u.double() * sums[:, -1:]  # [B, 1], below the total because u is below 1
-    at = torch.searchsorted(sums, target, right=True)  # [B, 1], the first block whose sum exceeds the target
-    at = at.clamp(max=sums.shape[1] - 1)
-    before = F.pad(sums, (1, 0)).gather(1, at)
-    within = blocks.gather(1, at[:, :, None].expand(-1, -1, block))[:, 0].double().cumsum(-1)  # [B, block]
-    # The sums of the two levels differ by rounding: never past the block's last possible entry.
-    offset = torch.minimum(target - before, torch.nextafter(within[:, -1:], torch.zeros_like(target)))
-    index = at * block + torch.searchsorted(within, offset, right=True)  # [B, 1]
+    """weights [B, n] >= 0, u [B, 1] in [0, 1) -> [B, 1], the entries where their running sums pass u of the total."""
+    sums = weights.cumsum(-1, dtype=torch.double)
+    index = torch.searchsorted(sums, u.double() * sums[:, -1:], right=True)  # below the total because u is below 1
     return index.clamp(max=weights.shape[1] - 1)  # past the end only where the weights are no numbers
 
 
@@ -1080,9 +1068,9 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
     # What all prompts begin with (the template's system message, an instruction) is read once, and then copied.
     common = os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1][:chunk] if len(prompts) > 1 else []
 
-    # How much fits. The steps need room as well: about three times the logits, and a chunk's activations.
+    # How much fits. The steps need room as well: logits, probabilities and their sums, and a chunk's activations.
     stats.page_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * page * dtype.itemsize
-    step_bytes = 12 * config.vocab_size
+    step_bytes = 16 * config.vocab_size
     chunk_bytes = 4 * dtype.itemsize * chunk * (config.mlp_dim + config.dim + 2 * config.n_heads * config.head_dim)
     budget = memory if memory is not None else 0.85 * free_memory(device) - chunk_bytes
     batch_size = max(1, min(batch_size, sum(map(len, keys)), int(budget / 4 / step_bytes)))
