@@ -27,15 +27,15 @@ pages, and each has a copy of the third, on which it goes on by itself:
     sample 0, own pages                           | 128 .. 149, then what it draws .. 191 | 192 .. |
     sample 1, own pages                           | 128 .. 149, then what it draws .. 191 | 192 .. |
 
-The life of a row, in `stream`:
+The life of a sample, in `stream`:
 
     waiting    its prompt comes in when there are pages for it and batch room for its samples, and with it a copy of
                what all prompts begin with, which was read before everything else
-    reading    each step reads up to a chunk of the prompts on their way, beside one token of every row
-    ready      the prompt is read, once for all its samples; they start as soon as the batch has room
-    row        a token a step; a new page when the last one is full
+    reading    each step reads up to a chunk of the prompts on their way: once for all samples, all but the last token
+    row        when the batch has room it starts, with the prompt's last token: a token a step, beside those being read,
+               and a new page when the last one is full
     done       at a stop token or at its limit: its pages are free again at once, and the next prompt comes in
-    evicted    when no page is free, the youngest gives its own up and waits again, what it drew kept
+    evicted    when no page is free, the youngest gives its own up and waits again, what it drew now part of its prompt
 
 Try it on a question:
 
@@ -236,6 +236,12 @@ def project(x, *layers):
     return [layer(x) for layer in layers] if packed is None else packed(x)
 
 
+def sees(query, key, window):
+    """Which keys a query may look at, [..., n, S], by the positions of both, query [..., n] and key [..., S]."""
+    back = query[..., :, None] - key[..., None, :]  # how far each looks back
+    return (back >= 0) if window is None else (back >= 0) & (back < window)
+
+
 def attend_causal(attention, q, k, v):
     """Whole sequences that attend to themselves: q [B, T, H, D], k and v [B, T, K, D] -> [B, T, H, D]."""
     T, groups, window = q.shape[1], q.shape[2] // k.shape[2], attention.window
@@ -245,8 +251,7 @@ def attend_causal(attention, q, k, v):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     else:
         i = torch.arange(T, device=q.device)
-        back = i[:, None] - i[None, :]  # [T, T], how far each query looks back
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=(back >= 0) & (back < window))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees(i, i, window))
     return y.transpose(1, 2)
 
 
@@ -452,7 +457,7 @@ def load(name, device="cpu", dtype=torch.float32):
     with torch.device("meta"):  # shapes only: the weights come from the file, without being filled twice
         model = Decoder(config)
     model.rope_freq = rope_frequencies(config)[0]
-    expected, found, wrong = model.state_dict(), {}, []
+    expected, found = model.state_dict(), {}
     if config.tie_embeddings:
         expected.pop("lm_head.weight")
     for file in files:
@@ -465,11 +470,10 @@ def load(name, device="cpu", dtype=torch.float32):
                     found[key] = shard.get_tensor(key).to(dtype)
         except (OSError, SafetensorError) as e:
             raise InputError(f"{folder / file}: cannot be read as safetensors ({e})")
-    wrong += [f"{key} is missing" for key in expected if key not in found]
-    wrong += [f"{key} is spare" for key in found if key not in expected]
-    for key in expected.keys() & found.keys():
-        if expected[key].shape != found[key].shape:
-            wrong.append(f"{key} is {list(found[key].shape)}, not {list(expected[key].shape)}")
+    shapes, should = ({key: list(value.shape) for key, value in x.items()} for x in (found, expected))
+    wrong = [f"{key} is missing" for key in should if key not in shapes]
+    wrong += [f"{key} is spare" for key in shapes if key not in should]
+    wrong += [f"{key} is {x}, not {should[key]}" for key, x in shapes.items() if x != should.get(key, x)]
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise InputError(f"{folder}: weights do not fit config.json: {', '.join(sorted(wrong)[:8])}{more}")
@@ -491,37 +495,35 @@ def save(model, folder, source, card=None, shard_bytes=5 * 10**9):
     state = model.state_dict()
     if model.config.tie_embeddings:
         state.pop("lm_head.weight")
-    sizes = {key: value.numel() * value.element_size() for key, value in state.items()}
-    files, filled = [[]], 0
-    for key, size in sizes.items():
-        if files[-1] and filled + size > shard_bytes:
+    files, filled, total = [[]], 0, sum(value.nbytes for value in state.values())
+    for key, value in state.items():
+        if files[-1] and filled + value.nbytes > shard_bytes:
             files, filled = [*files, []], 0
         files[-1].append(key)
-        filled += size
+        filled += value.nbytes
     if writes:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     weight_map = {}
     for number, keys in enumerate(files, 1):
         name = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
+        weight_map |= dict.fromkeys(keys, name)
         part = {}
         for key in keys:
-            value = state[key].detach()
-            value = value.full_tensor() if hasattr(value, "full_tensor") else value
+            whole = state[key].full_tensor() if hasattr(state[key], "full_tensor") else state[key]
             if writes:
-                part[key] = value.cpu().contiguous()
+                part[key] = whole.detach().cpu().contiguous()
         if writes:
             save_file(part, partial / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(keys, name)
     if not writes:
         return
-    if len(files) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    raw = {**model.config.raw, "torch_dtype": dtype}
+    raw = {**model.config.raw, "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch.")}
     raw.pop("dtype", None)  # the newer name of the same
-    (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    written = {"config.json": raw}
+    if len(files) > 1:
+        written["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    for name, content in written.items():
+        (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if card:
         (partial / "README.md").write_text(card, encoding="utf-8")
     for name in TOKENIZER_FILES:
@@ -546,17 +548,15 @@ class Tokenizer:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         settings = read_json(p) if (p := folder / "tokenizer_config.json").exists() else {}
-        defaults = read_json(p) if (p := folder / "generation_config.json").exists() else {}
-        self.generation_config = defaults
+        self.generation_config = read_json(p) if (p := folder / "generation_config.json").exists() else {}
 
         # The words for bos, eos, ... that a template may use; each is a string or {"content": string}.
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
         words = {n: w["content"] if isinstance(w := settings.get(n), dict) else w for n in names}
         self.template_words = {name: word or "" for name, word in words.items()}
+        source = settings.get("chat_template")
         if (folder / "chat_template.jinja").exists():
             source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        else:
-            source = settings.get("chat_template")
         if isinstance(source, list):  # several named templates
             source = {t["name"]: t["template"] for t in source}.get("default")
         if not source:
@@ -564,8 +564,8 @@ class Tokenizer:
 
         # A template is a program from somewhere else: it runs in jinja's sandbox. Templates that print today's
         # date get a fixed one, so that the same command gives the same prompt tomorrow.
-        loop_controls = ["jinja2.ext.loopcontrols"]
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loop_controls)
+        options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
+        env = ImmutableSandboxedEnvironment(**options)
         env.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
         env.globals["strftime_now"] = lambda layout: {"%d %b %Y": "26 Jul 2024"}.get(layout, "2024-07-26")
 
@@ -579,7 +579,7 @@ class Tokenizer:
             raise InputError(f"{folder}: the chat template cannot be read: {e}")
 
         # Generation stops at any of these ids; the one that the tokenizer calls eos ends a trained completion.
-        stops = defaults.get("eos_token_id", config.raw.get("eos_token_id"))
+        stops = self.generation_config.get("eos_token_id", config.raw.get("eos_token_id"))
         stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
         eos = self.tokenizer.token_to_id(self.template_words["eos_token"])
         if not stops and eos is None:
@@ -661,93 +661,74 @@ def uniforms(key, n):
     return np.random.Generator(np.random.Philox(key=int.from_bytes(words, "little"))).random(n, dtype=np.float32)
 
 
-def threshold(ordered, params):
-    """ordered [B, n], probabilities, likeliest first -> [B, 1], the smallest that top-k, top-p and min-p let through.
-
-    The filters apply in that order. Tokens exactly as likely as the last one pass with it.
-    """
-    top = ordered[:, : params.top_k or None]
-    lowest = top[:, -1:] if params.top_k else torch.zeros_like(top[:, :1])
-    if params.top_p < 1:
-        # A token passes while the sum before it is below top-p of what top-k has left.
-        enough = params.top_p * (top.sum(-1, keepdim=True) if params.top_k else 1.0)
-        lowest = torch.where(top.cumsum(-1) - top < enough, top, 2.0).amin(-1, keepdim=True)
-    return torch.maximum(lowest, params.min_p * top[:, :1])
+def nucleus(ordered, mass):
+    """ordered [B, n], probabilities, likeliest first -> [B, 1], the smallest that it takes to sum to `mass`."""
+    return torch.where(ordered.cumsum(-1) - ordered < mass, ordered, 2.0).amin(-1, keepdim=True)
 
 
-def nucleus(probs, top_p):
-    """probs [V], numpy -> the smallest of the likeliest that sum to top_p: `threshold`, without sorting them all.
+def nucleus_unsorted(probs, mass):
+    """probs [V], numpy -> what `nucleus` gives for them, without sorting them all.
 
     The upper 16 bits of positive floats are in the order of the floats: they put the tokens into some thousand
-    buckets, and only the bucket in which the sum reaches top_p is sorted.
+    buckets, and only the bucket in which the sum reaches `mass` is sorted.
     """
     bucket = probs.view(np.int32) >> 16  # [V]
-    mass = np.bincount(bucket, weights=probs)
-    above = mass[::-1].cumsum()[::-1] - mass  # what the buckets of likelier tokens hold
-    last = np.argmax((above < top_p) & (mass > 0))
+    sums = np.bincount(bucket, weights=probs)
+    above = sums[::-1].cumsum()[::-1] - sums  # what the buckets of likelier tokens hold
+    last = np.argmax((above < mass) & (sums > 0))
     inside = np.sort(probs[bucket == last])[::-1]  # likeliest first
-    return inside[above[last] + inside.cumsum(dtype=float) - inside < top_p].min(initial=inside[0])
+    return inside[above[last] + inside.cumsum(dtype=float) - inside < mass].min(initial=inside[0])
 
 
 def draw(weights, u):
-    """weights [B, n] >= 0, u [B, 1] in [0, 1) -> [B, 1], the entries where their running sums pass u of the total.
-
-    The sum goes in two levels: over blocks, then inside the one block that u falls into.
-    """
-    block = 256
-    blocks = F.pad(weights, (0, -weights.shape[1] % block)).unflatten(1, (-1, block))  # [B, n / block, block]
-    sums = blocks.sum(-1).double().cumsum(-1)  # [B, n / block]
-    target = u.double() * sums[:, -1:]  # [B, 1], below the total because u is below 1
-    at = torch.searchsorted(sums, target, right=True)  # [B, 1], the first block whose sum exceeds the target
-    at = at.clamp(max=sums.shape[1] - 1)
-    before = torch.where(at > 0, sums.gather(1, (at - 1).clamp(min=0)), 0.0)
-    within = blocks.gather(1, at[:, :, None].expand(-1, -1, block))[:, 0].double().cumsum(-1)  # [B, block]
-    # The sums of the two levels differ by rounding: never past the block's last possible entry.
-    offset = torch.minimum(target - before, torch.nextafter(within[:, -1:], torch.zeros_like(target)))
-    index = at * block + torch.searchsorted(within, offset, right=True)  # [B, 1]
+    """weights [B, n] >= 0, u [B, 1] in [0, 1) -> [B, 1], the entries where their running sums pass u of the total."""
+    sums = weights.cumsum(-1, dtype=torch.double)
+    index = torch.searchsorted(sums, u.double() * sums[:, -1:], right=True)  # below the total because u is below 1
     return index.clamp(max=weights.shape[1] - 1)  # past the end only where the weights are no numbers
 
 
 def sample_token(logits, u, params):
-    """logits [B, V] float32 (overwritten), u [B] in [0, 1) -> (token ids, their log p at temperature 1, certainty) [B].
+    """logits [B, V] float32, u [B] in [0, 1) -> (token ids, their log p at temperature 1, certainty) [B].
 
-    Draws by inverting the cumulative distribution at u, over the vocabulary in its own order. One random
-    number a row, instead of V of them for a Gumbel or multinomial draw, is what lets a sample's randomness
-    be drawn beforehand from its key. With filters, most rows keep fewer than 128 tokens and are drawn from these;
-    the others are not sorted whole on a CPU either, where that would take as long as all else: see `nucleus`.
-
-    The certainty is KL(uniform || p) = logsumexp(logits) - mean(logits) - log V, in nats at temperature 1 (arXiv
-    2502.18581).
+    Draws by inverting the cumulative distribution at u, over the vocabulary in its own order: one random number a
+    row, instead of V, is what lets a sample's randomness be drawn beforehand from its key. The filters apply in the
+    order top-k, top-p, min-p; a token exactly as likely as the last one passes with it. Most rows keep fewer than 128
+    tokens and are drawn from these. The certainty is KL(uniform || p) = logsumexp(logits) - mean(logits) - log V, in
+    nats at temperature 1 (arXiv 2502.18581).
     """
-    u, flat = u[:, None], logits.mean(-1, keepdim=True) + math.log(logits.shape[-1])  # [B, 1]; norm, were p uniform
-    norm = 0.0 if params.temperature == 1 else logits.logsumexp(-1, keepdim=True)  # [B, 1]
+    probs, u = torch.softmax(logits, -1), u[:, None]
+    norm = logits.amax(-1, keepdim=True) - probs.amax(-1, keepdim=True).log()  # a tenth of logsumexp's time
+    certainty = norm - logits.mean(-1, keepdim=True) - math.log(logits.shape[-1])
+    if params.temperature not in (0, 1):
+        torch.softmax(logits / params.temperature, -1, out=probs)
     if params.temperature == 0:
         token = logits.argmax(-1, keepdim=True)
-        return token[:, 0], (logits.gather(1, token) - norm)[:, 0], (norm - flat)[:, 0].clamp(max=1e4)
-    if params.temperature == 1:
-        norm = logits.amax(-1, keepdim=True)  # [B, 1]
-        probs = torch.softmax(logits, -1, out=logits)
-        norm = norm - probs.amax(-1, keepdim=True).log()  # logsumexp would take ten times as long as two amax
-    else:
-        probs = torch.softmax(logits / params.temperature, -1)
-    if params.top_k or params.top_p < 1 or params.min_p:
+    elif params.top_k or params.top_p < 1 or params.min_p:
         top, ids = probs.topk(min(max(128, params.top_k + 1), probs.shape[-1]))  # [B, k], likeliest first
-        lowest = threshold(top, params)
+        kept, mass = top, params.top_p
+        lowest = params.min_p * top[:, :1]  # [B, 1], the smallest probability that passes
+        if params.top_k:
+            kept = top[:, : params.top_k]
+            mass = params.top_p * kept.sum(-1, keepdim=True)
+            lowest = lowest.maximum(kept[:, -1:])
+        if params.top_p < 1:
+            lowest = lowest.maximum(nucleus(kept, mass))
         ids, order = ids.sort()  # in the vocabulary's order
         token = ids.gather(1, draw(torch.where(top >= lowest, top, 0.0).gather(1, order), u))
         wide = (lowest <= top[:, -1:]).nonzero()[:, 0]  # more may pass; this waits for the device, once a step
         if len(wide):
-            rows = probs[wide]
-            if rows.is_cpu and not params.top_k:
-                cut = [[nucleus(row, params.top_p) if params.top_p < 1 else 0.0] for row in rows.numpy()]
-                lowest = torch.from_numpy(np.array(cut, dtype=np.float32)).maximum(params.min_p * top[wide, :1])
-            else:
-                lowest = threshold(rows.sort(descending=True).values, params)
+            rows, lowest = probs[wide], lowest[wide]
+            if params.top_p < 1 and not params.top_k:  # a sort on a CPU would take as long as all else
+                if rows.is_cpu:
+                    lowest = torch.tensor([[nucleus_unsorted(row, mass)] for row in rows.numpy()])
+                else:
+                    lowest = nucleus(rows.sort(descending=True).values, mass)
+                lowest = lowest.maximum(params.min_p * top[wide, :1])
             token[wide] = draw(rows.mul_(rows >= lowest), u[wide])
     else:
         token = draw(probs, u)
-    chosen = probs.gather(1, token).log() if params.temperature == 1 else logits.gather(1, token) - norm
-    return token[:, 0], chosen[:, 0], (norm - flat)[:, 0].clamp(max=1e4)  # finite also where a logit is -inf
+    logprob = logits.gather(1, token) - norm
+    return token[:, 0], logprob[:, 0], certainty[:, 0].clamp(max=1e4)  # finite also where a logit is -inf
 
 
 def pack(model):
@@ -757,11 +738,9 @@ def pack(model):
     few rows then run two to four times as fast as F.linear, which lays the weights out anew at every call. The
     plain weights are let go, so a packed model can sample and nothing else; a tied embedding stays beside its copy.
     """
-    weight = model.lm_head.weight
-    operators = torch.ops.mkldnn
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return
-    if not (hasattr(operators, "_reorder_linear_weight") and hasattr(operators, "_linear_pointwise")):
+    weight, operators = model.lm_head.weight, torch.ops.mkldnn
+    there = hasattr(operators, "_reorder_linear_weight") and hasattr(operators, "_linear_pointwise")
+    if not (there and torch.backends.mkldnn.is_available() and weight.is_cpu and weight.dtype == torch.float32):
         return
 
     def merge(*layers):
@@ -773,11 +752,10 @@ def pack(model):
         layers[0].packed = lambda x: operators._linear_pointwise(x, weight, bias, "none", [], "").split(sizes, -1)
 
     for block in model.model.layers:
-        attention, mlp = block.self_attn, block.mlp
-        merge(attention.q_proj, attention.k_proj, attention.v_proj)
-        merge(attention.o_proj)
-        merge(mlp.gate_proj, mlp.up_proj)
-        merge(mlp.down_proj)
+        merge(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+        merge(block.self_attn.o_proj)
+        merge(block.mlp.gate_proj, block.mlp.up_proj)
+        merge(block.mlp.down_proj)
     merge(model.lm_head)
     # glibc gives blocks of 32 MB and more back to the system as soon as they are free, and the system clears
     # them when they are asked for again: with 64 rows of 152k logits that takes as long as the model itself.
@@ -795,44 +773,42 @@ def free_memory(device):
         return torch.cuda.mem_get_info(device)[0]
     free = []
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
+        free.append(1024 * int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]))
         group = Path("/sys/fs/cgroup")  # a container's own limit, where it has one
         free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError, StopIteration):
+    except (OSError, ValueError, IndexError):
         free = free or [2**32]
     return max(0, min(free)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 class PagedCache:
-    """Keys and values of all layers in pages of `page` positions, shared out among rows and back again.
+    """Keys and values of all layers in pages of `page` positions, shared out among sequences and back again.
 
-    Page 0 takes what the padding rows of a CUDA graph write. Pages that several rows read are taken from the low
-    end and a row's own from the high end, so that these are one slice and need not be copied to be read.
+    `width` is the number of pages of the longest sequence. Page 0 takes what the padding rows of a CUDA graph write.
+    Pages that several rows read are taken from the low end and a row's own from the high end, so that these are one
+    slice and need not be copied to be read.
     """
 
-    def __init__(self, config, n_pages, page, dtype, device):
+    def __init__(self, config, n_pages, page, width, dtype, device):
         L, K, D = config.n_layers, config.n_kv_heads, config.head_dim
-        self.page, self.heads, self.device = page, (K, config.n_heads // K), device
+        self.page, self.width, self.device, self.windows = page, width, device, set(config.windows)
+        self.groups = config.n_heads // K
         self.varlen = use_varlen(device, dtype)
         # Memory that no page has used yet is asked for but not touched; a page is cleared when it is taken.
+        # The shape is that of flash attention. Elsewhere the positions of a head lie one after another in memory.
         shape = (L, n_pages, page, K, D) if self.varlen else (L, n_pages, K, page, D)
         self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        if not self.varlen:
+            self.k, self.v = self.k.transpose(2, 3), self.v.transpose(2, 3)
         self.free = list(range(1, n_pages))  # in order
         self.users = [0] * n_pages
         self.shared = np.zeros(n_pages, dtype=bool)
-        self.peak = 0  # the most pages ever in use
-
-    @staticmethod
-    def bytes_per_page(config, page, dtype):
-        return 2 * config.n_layers * config.n_kv_heads * config.head_dim * page * dtype.itemsize
 
     def take(self, n, shared=False):
         pages = [self.free.pop(0 if shared else -1) for _ in range(n)]
         for page in pages:
             self.users[page], self.shared[page] = 1, shared
             self.k[:, page], self.v[:, page] = 0, 0  # what is masked still must be a number
-        self.peak = max(self.peak, len(self.users) - 1 - len(self.free))
         return pages
 
     def release(self, pages):
@@ -841,184 +817,150 @@ class PagedCache:
             if self.users[page] == 0:
                 bisect.insort(self.free, page)
 
-    def copy(self, source, target):
-        self.k[:, target], self.v[:, target] = self.k[:, source], self.v[:, source]
+    def copy(self, sources, targets):
+        for source, target in zip(sources, targets):
+            self.k[:, target], self.v[:, target] = self.k[:, source], self.v[:, source]
 
-    def plan(self, sequences, n_rows, positions):
-        """Fix where the next step's tokens go and what they see.
+    def fork(self, pages):
+        """The pages of another sequence that begins as `pages` do: the same, and a copy of the last one."""
+        own = self.take(1)
+        self.copy(pages[-1:], own)
+        for page in pages[:-1]:
+            self.users[page] += 1
+        return pages[:-1] + own
+
+    def plan(self, sequences, n_rows):
+        """Fix where the next step's tokens go and what they see -> their positions [T].
 
         `sequences`: (pages, first position, tokens) of each; the first `n_rows` have one token, the others are
-        stretches of prompts. The tokens of a step lie one after another in one flat row, at `positions` [T].
+        stretches of prompts. The tokens of a step lie one after another in one flat row.
         """
-        width = max(len(pages) for pages, _, _ in sequences)
-        table = np.array([pages + [0] * (width - len(pages)) for pages, _, _ in sequences])  # [sequences, width]
-        counts = torch.tensor([n for _, _, n in sequences], device=self.device)
-        self.table = torch.from_numpy(table).to(self.device, torch.int32)
-        self.owner = torch.arange(len(sequences), device=self.device).repeat_interleave(counts)  # [T]
-        self.ends = F.pad(counts.cumsum(0), (1, 0)).int()  # [sequences + 1]
-        self.longest = max(n for _, _, n in sequences)
-        self.place(positions)
-        if self.varlen:
-            return
-        self.stretches = [(torch.tensor(pages, device=self.device), *at, {}) for pages, *at in sequences[n_rows:]]
+        table = np.zeros((len(sequences), self.width), dtype=np.int32)
+        for row, (pages, _, _) in zip(table, sequences):
+            row[: len(pages)] = pages
+        counts = [n for _, _, n in sequences]
+        owner, ends = np.arange(len(counts)).repeat(counts), np.cumsum([0, *counts], dtype=np.int32)
+        positions = np.concatenate([np.arange(first, first + n) for _, first, n in sequences])
+        arrays = (torch.from_numpy(x).to(self.device) for x in (table, owner, ends, positions))
+        self.place(*arrays, max(counts))
+        if not self.varlen:
+            self.n_rows, self.parts = n_rows, self.plan_rows(table[:n_rows]) if n_rows else []
+            self.stretches = [self.plan_stretch(*x, end) for x, end in zip(sequences[n_rows:], ends[n_rows + 1 :])]
+        return self.positions
 
-        # What attend_rows reads, in two parts: pages of one row each, and pages that all samples of a prompt read.
-        # Of each part: blocks of pages, [P, W]; who reads them, [P, n] (row n_rows is nobody); the positions that
-        # they hold, from `start` to before `end`, [P].
-        self.parts, self.n_rows, table = [], n_rows, table[:n_rows]
-        shared = self.shared[table]  # [B, width], in each row first some that are shared, then some that are not
-        row, column = (~shared & (table > 0)).nonzero()
-        if len(row):
-            order = table[row, column].argsort()
-            row, column = row[order], column[order]
-            pages = table[row, column]
-            low, high = pages[0], pages[-1] + 1
-            if 2 * len(pages) > high - low:  # one slice of the cache, with a few that nobody reads, but not copied
-                readers, start = np.full(high - low, n_rows), np.zeros(high - low, dtype=np.int64)
-                readers[pages - low], start[pages - low] = row, column * self.page
-                self.add_part(slice(low, high), readers[:, None], start, start + self.page)
-            else:
-                self.add_part(pages[:, None], row[:, None], column * self.page, (column + 1) * self.page)
-        count = shared.sum(1)
-        [row] = count.nonzero()
-        if len(row):
-            _, one, prompt = np.unique(table[row, 0], return_index=True, return_inverse=True)
-            pages, length = table[row[one]], count[row[one]]  # of each prompt
-            order = prompt.argsort(kind="stable")
-            rank = np.arange(len(row)) - np.searchsorted(prompt[order], prompt[order])  # 0, 1, ... in each prompt
-            readers = np.full((len(one), rank.max() + 1), n_rows)
-            readers[prompt[order], rank] = row[order]
-            # Of the widths that waste at most a tenth on the prompts' last blocks, the largest.
-            wide = max(w for w in (1, 2, 3, 4, 6, 8) if (-(-length // w) * w).sum() <= 1.1 * length.sum())
-            prompt = np.arange(len(one)).repeat(-(-length // wide))  # [P], of each block
-            first = (np.arange(len(prompt)) - np.searchsorted(prompt, prompt)) * wide
-            column = np.minimum(first[:, None] + np.arange(wide), length[prompt, None] - 1)  # [P, W]
-            pages, readers = pages[prompt[:, None], column], readers[prompt]
-            self.add_part(pages, readers, first * self.page, length[prompt] * self.page)
+    def place(self, table, owner, ends, positions, longest):
+        """What flash attention wants to know, and the place in the cache of every token.
 
-    def add_part(self, pages, readers, start, end):
-        """pages [P, W] or a slice of P pages, readers [P, n], start and end [P]."""
-        K = self.heads[0]
-        if isinstance(pages, slice):
-            where, width = slice(pages.start * K, pages.stop * K), self.page
-        else:
-            where = torch.from_numpy(pages[:, None] * K + np.arange(K)[:, None]).flatten()  # [P * K * W]
-            where = where.to(self.device)
-            width = pages.shape[1] * self.page
-        readers, start, end = (torch.from_numpy(x).to(self.device) for x in (readers, start, end))
-        self.parts.append((where, width, readers, start, end, {}))
-
-    def place(self, positions):
-        """positions [T]: where the tokens of the next step go; by itself for a step that is replayed."""
-        self.page_of = self.table[self.owner, positions // self.page]  # [T]
-        self.slot = positions % self.page
-        self.positions = positions
-        self.used = (positions[self.ends[1:] - 1] + 1).int()  # [sequences]
+        table [sequences, width], the pages of each; owner [T], whose a token is; ends [sequences + 1], where the
+        tokens of each end, after a 0; positions [T]; `longest`, the most tokens of a sequence.
+        """
+        self.table, self.ends, self.positions, self.longest = table, ends, positions, longest
+        self.page_of, self.slot = table[owner, positions // self.page], positions % self.page  # [T]
+        self.used = (positions[ends[1:] - 1] + 1).int()  # [sequences]
 
     def attend(self, attention, q, k, v):
         """q [T, H, D], k and v [T, K, D] of one layer: written to the cache, then attended to -> [T, H, D]."""
-        layer, window = attention.layer, attention.window
+        keys, values, window = self.k[attention.layer], self.v[attention.layer], attention.window
+        keys[self.page_of, self.slot], values[self.page_of, self.slot] = k, v
         if self.varlen:
-            self.k[layer][self.page_of, self.slot], self.v[layer][self.page_of, self.slot] = k, v
-            span = self.table.shape[1] * self.page
-            look_back = (-1 if window is None else window - 1, 0)
+            span, look_back = self.width * self.page, (-1 if window is None else window - 1, 0)
             options = {"window_size": look_back, "seqused_k": self.used, "block_table": self.table, "enable_gqa": True}
-            return varlen_attn(q, self.k[layer], self.v[layer], self.ends, None, self.longest, span, **options)
-        for cache, new in ((self.k, k), (self.v, v)):
-            cache[layer].transpose(1, 2)[self.page_of, self.slot] = new
-        parts, at = [], self.n_rows
-        if self.n_rows:
-            parts.append(self.attend_rows(layer, window, q[:at]))
-        for stretch in self.stretches:
-            n = stretch[2]
-            parts.append(self.attend_stretch(layer, window, stretch, q[at : at + n], k[at : at + n], v[at : at + n]))
-            at += n
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+            return varlen_attn(q, keys, values, self.ends, None, self.longest, span, **options)
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)  # [pages, K, page, D]
+        y = [self.attend_rows(q[: self.n_rows], keys, values, window)] if self.n_rows else []
+        for place, pages, masks in self.stretches:
+            k, v = (x[pages].transpose(0, 1).flatten(1, 2)[None] for x in (keys, values))  # [1, K, S, D]
+            its = q[place].transpose(0, 1)[None]  # [1, H, n, D]
+            its = F.scaled_dot_product_attention(its, k, v, attn_mask=masks[window], enable_gqa=True)
+            y.append(its[0].transpose(0, 1))
+        return torch.cat(y)
 
-    def attend_stretch(self, layer, window, stretch, q, k, v):
-        """n tokens of a prompt, q [n, H, D], attend to its pages up to themselves -> [n, H, D]."""
-        pages, first, n, masks = stretch
-        K, S = k.shape[1], first + n
-        if first:
-            k, v = (x[layer][pages].transpose(0, 1).flatten(1, 2)[:, :S] for x in (self.k, self.v))  # [K, S, D]
-        else:
-            k, v = k.transpose(0, 1), v.transpose(0, 1)
-        q = q.unflatten(1, (K, -1)).permute(1, 2, 0, 3)  # [K, G, n, D]
-        k, v = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))  # [K, G, S, D], not copied
-        mask = None
-        if first or (window is not None and S > window):
-            if window not in masks:
-                back = torch.arange(first, S, device=q.device)[:, None] - torch.arange(S, device=q.device)  # [n, S]
-                masks[window] = (back >= 0) & (back < (window or S))
-            mask = masks[window]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # [K, G, n, D]
-        return y.permute(2, 0, 1, 3).flatten(1, 2)
+    def plan_stretch(self, pages, first, n, end):
+        """n tokens of a prompt, the last before token `end` of the step: these, the pages that they see, and masks."""
+        place, pages = slice(end - n, end), pages[: -(-(first + n) // self.page)]
+        at = torch.arange(len(pages) * self.page, device=self.device)  # [S]
+        masks = {window: sees(self.positions[place], at, window) for window in self.windows}  # [n, S]
+        return place, torch.tensor(pages, device=self.device), masks
 
-    def attend_rows(self, layer, window, q):
-        """One token a row, q [B, H, D], attends to the row's pages -> [B, H, D].
+    def plan_rows(self, table):
+        """The blocks of pages that rows read, and who reads them; table [B, width].
+
+        A row's own pages are blocks of one page with one reader; those that the samples of a prompt share are one
+        block, which all of them read. Returns parts, each of P blocks of W pages: (where the blocks' pages are, their
+        readers [P, n], for each window the bias of the scores [P, 1, n * G or 1, W * page]).
+        """
+        B, K, shared = len(table), self.k.shape[3], self.shared[table]
+        row, column = ((table > 0) & ~shared).nonzero()
+        reader, start = np.full(len(self.users), B), np.zeros(len(self.users), dtype=np.int64)  # row B is nobody
+        reader[table[row, column]], start[table[row, column]] = row, column * self.page
+        [own] = (reader < B).nonzero()
+        if 2 * len(own) > own[-1] + 1 - own[0]:  # read in place, with a few that nobody reads
+            own = slice(own[0], own[-1] + 1)
+        blocks = [(own, reader[own][:, None], start[own])]
+        prompts = {}  # number of shared pages -> the first of them -> the rows that read them
+        for row, (count, first) in enumerate(zip(shared.sum(1).tolist(), table[:, 0].tolist())):
+            prompts.setdefault(count, {}).setdefault(first, []).append(row)
+        for count in prompts.keys() - {0}:
+            n = max(map(len, prompts[count].values()))
+            readers = np.array([rows + [B] * (n - len(rows)) for rows in prompts[count].values()])  # [P, n]
+            blocks.append((table[readers[:, 0], :count], readers, np.zeros(len(readers), dtype=np.int64)))
+
+        parts, last = [], F.pad(self.positions[:B], (0, 1), value=-1)  # [B + 1]
+        for pages, readers, start in blocks:
+            readers, start = (torch.from_numpy(x).to(self.device) for x in (readers, start))
+            if isinstance(pages, slice):
+                where, width = slice(pages.start * K, pages.stop * K), 1
+            else:
+                pages = pages.reshape(len(readers), 1, -1)  # [P, 1, W]
+                where = torch.from_numpy((pages * K + np.arange(K)[:, None]).flatten()).to(self.device)  # [P * K * W]
+                width = pages.shape[2]
+            at, biases = start[:, None] + torch.arange(width * self.page, device=self.device), {}  # [P, W * page]
+            for window in self.windows:
+                seen = sees(last[readers if window else readers[:, :1]], at, window)  # without one, all see the same
+                # Not -inf: a row that sees nothing of a block is to get any finite result, which counts for nothing.
+                bias = torch.where(seen, 0.0, -1e30)  # [P, n or 1, W * page]
+                biases[window] = bias.repeat_interleave(self.groups if window else 1, 1)[:, None]
+            parts.append((where, readers, biases))
+        return parts
+
+    def attend_rows(self, q, keys, values, window):
+        """One token a row, q [B, H, D], attends to the row's pages, of keys and values [pages, K, page, D].
 
         Not row by row, but block by block of pages: each block is an entry of a batch, with the queries of all rows
         that read it. What a row gets from each of its blocks then counts by that block's share of its softmax.
         """
-        (B, H, D), K = q.shape, self.k.shape[2]
-        q, found = q.view(B, K, H // K, D), []  # [B, K, G, D]
-        for where, width, readers, start, end, masks in self.parts:
-            P, n = readers.shape
-            if window not in masks:
-                masks[window] = self.mask(width, readers, start, end, window)
-            here = q[readers.clamp(max=B - 1)].transpose(1, 2).reshape(P, K, -1, D)  # [P, K, n * G, D]
-            pages = [cache[layer].flatten(0, 1) for cache in (self.k, self.v)]  # [pages * K, page, D]
-            # In place where the pages are a slice, else gathered.
-            pages = [x[where] if isinstance(where, slice) else x.index_select(0, where) for x in pages]
-            block = attend_block(here, *(x.view(P, K, width, D) for x in pages), masks[window])
-            found.append((readers.flatten(), *(x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1) for x in block)))
-        shape = (B + 1, K, H // K)  # the last row is nobody's
-        top = torch.full(shape, -math.inf, device=q.device)
-        total, out = torch.zeros(shape, device=q.device), torch.zeros(*shape, D, device=q.device)
-        for reader, _, its_top, _ in found:  # reader [P * n], its_top [P * n, K, G]
-            top.scatter_reduce_(0, reader[:, None, None].expand_as(its_top), its_top, "amax")
-        for reader, y, its_top, its_total in found:
-            share = (its_top - top[reader]).exp_()  # [P * n, K, G]
-            total.index_add_(0, reader, share * its_total)
-            out.index_add_(0, reader, share[..., None] * y)
+        (B, _, D), K = q.shape, keys.shape[1]
+        q, found = F.pad(q, (0, 0, 0, 0, 0, 1)).unflatten(1, (K, -1)), []  # [B + 1, K, G, D]
+        keys, values = keys.flatten(0, 1), values.flatten(0, 1)  # [pages * K, page, D]
+        for where, readers, biases in self.parts:
+            (P, n), in_place = readers.shape, isinstance(where, slice)
+            its = q[readers].transpose(1, 2).reshape(P, K, -1, D)  # [P, K, n * G, D]
+            k, v = (x[where] if in_place else x.index_select(0, where) for x in (keys, values))
+            k, v = k.view(P, K, -1, D), v.view(P, K, -1, D)  # [P, K, W * page, D]
+            block = attend_block(its, k, v, biases[window])  # [P, K, n * G, D], [P, K, n * G]
+            found.append([readers.flatten(), *(x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1) for x in block)])
+        reader, y, lse = (torch.cat(x) for x in zip(*found))  # [N], [N, K, G, D], [N, K, G], of all parts
+        top = lse.new_full(q.shape[:3], -math.inf)  # [B + 1, K, G]
+        top.scatter_reduce_(0, reader[:, None, None].expand_as(lse), lse, "amax")
+        share = (lse - top[reader]).exp_()
+        total = torch.zeros_like(top).index_add_(0, reader, share)
+        out = lse.new_zeros(q.shape).index_add_(0, reader, share[..., None] * y)
         return (out / total[..., None])[:B].flatten(1, 2).to(q.dtype)
-
-    def mask(self, width, readers, start, end, window):
-        """What a row may see of a block -> 0, or a very negative number where it may not, [P, 1, n * G or 1, W * page].
-
-        Not -inf: a row that sees nothing of a block is to get any finite result, which then counts for nothing.
-        """
-        if window is None:  # all readers of a shared block see the same
-            readers = readers[:, :1]
-        last = F.pad(self.positions[: self.n_rows], (0, 1), value=-1)  # [B + 1]
-        at = start[:, None] + torch.arange(width, device=start.device)  # [P, W * page]
-        back = last[readers][:, :, None] - at[:, None]  # [P, n, W * page]
-        seen = (back >= 0) & (back < (window or self.page * len(self.users))) & (at < end[:, None])[:, None]
-        bias = torch.where(seen, 0.0, -1e30).to(self.k.dtype)
-        return (bias if window is None else bias.repeat_interleave(self.heads[1], 1))[:, None]
 
 
 def attend_block(q, k, v, bias):
-    """q [P, K, R, D] attends to k, v [P, K, S, D] -> y [P, K, R, D], and top and total, [P, K, R].
-
-    `total` is the sum of exp(score - top), and y / total the result, were there no other block.
-    """
+    """q [P, K, R, D] attends to k, v [P, K, S, D] -> the result [P, K, R, D], and its scores' log sum exp [P, K, R]."""
     if q.is_cpu and q.shape[2] >= 16:  # with many queries, one kernel whose scores never leave the processor's cache
-        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
-        return y, lse, torch.ones_like(lse)
-    shape = *q.shape[:3], k.shape[2]
-    q, k, v, bias = (x.flatten(0, 1).float() for x in (q, k, v, bias.expand(shape)))
-    scores = torch.baddbmm(bias, q, k.mT, alpha=q.shape[-1] ** -0.5)  # [P * K, R, S]
-    top = scores.amax(-1)
-    weight = scores.sub_(top[..., None]).exp_()
-    return [x.unflatten(0, shape[:2]) for x in (weight @ v, top, weight.sum(-1))]
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
+    scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().mT + bias  # [P, K, R, S]
+    weight = scores.softmax(-1)
+    return weight @ v.float(), scores.amax(-1) - weight.amax(-1).log()
 
 
 def use_varlen(device, dtype):
     """Whether attention can read pages by itself: on CUDA, in half precision, with torch 2.13 or later."""
-    if varlen_attn is None or "block_table" not in inspect.signature(varlen_attn).parameters:
-        return False
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    reads_pages = varlen_attn is not None and "block_table" in inspect.signature(varlen_attn).parameters
+    return reads_pages and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 class DecodeGraphs:
@@ -1029,25 +971,17 @@ class DecodeGraphs:
     to page 0 and are not looked at.
     """
 
-    def __init__(self, model, cache, max_rows, width):
-        self.model, self.cache, self.graphs, self.pool = model, cache, {}, None
-        self.ids = torch.zeros(max_rows, dtype=torch.long, device=cache.device)
-        self.positions = torch.zeros(max_rows, dtype=torch.long, device=cache.device)
-        self.table = torch.zeros(max_rows, width, dtype=torch.int32, device=cache.device)
-        self.max_rows = max_rows
+    def __init__(self, model, cache, max_rows):
+        self.model, self.cache, self.max_rows, self.graphs, self.pool = model, cache, max_rows, {}, None
+        self.ids, self.positions = torch.zeros(2, max_rows, dtype=torch.long, device=cache.device)
+        self.table = torch.zeros(max_rows, cache.width, dtype=torch.int32, device=cache.device)
 
-    def plan(self, table):
-        """table [B, W]: the pages of the rows of the steps that follow."""
-        self.table.zero_()
-        self.table[: len(table), : table.shape[1]] = table
-
-    def step(self, ids, positions):
-        """ids, positions [B] -> logits [B, V], which the next step overwrites."""
+    def step(self, ids, positions, table):
+        """ids, positions [B], table [B, width] -> logits [B, V], which the next step overwrites."""
         rows = len(ids)
-        size = next((n for n in (1, 2, 4, 8) if n >= rows), -(-rows // 16) * 16)
-        size = min(size, self.max_rows)
-        self.ids[:rows], self.positions[:rows] = ids, positions
-        self.ids[rows:], self.positions[rows:] = 0, 0
+        size = min(next((n for n in (1, 2, 4, 8) if n >= rows), -(-rows // 16) * 16), self.max_rows)
+        for static, now in ((self.ids, ids), (self.positions, positions), (self.table, table)):
+            static[:rows], static[rows:] = now, 0
         if size not in self.graphs:
             self.graphs[size] = self.record(size)
         graph, logits = self.graphs[size]
@@ -1056,12 +990,9 @@ class DecodeGraphs:
 
     def decode(self, size):
         """One token of the first `size` rows of the static inputs -> logits [size, V]."""
-        cache = self.cache
-        cache.table, cache.longest, cache.n_rows = self.table[:size], 1, size
-        cache.owner = torch.arange(size, device=cache.device)
-        cache.ends = torch.arange(size + 1, dtype=torch.int32, device=cache.device)
-        cache.place(self.positions[:size])
-        return self.model.logits(self.model(self.ids[:size], self.positions[:size], cache.attend))
+        ends = torch.arange(size + 1, dtype=torch.int32, device=self.ids.device)
+        self.cache.place(self.table[:size], ends[:-1], ends, self.positions[:size], 1)
+        return self.model.logits(self.model(self.ids[:size], self.positions[:size], self.cache.attend))
 
     def record(self, size):
         side = torch.cuda.Stream()  # a first run outside the recording: libraries set themselves up
@@ -1077,36 +1008,35 @@ class DecodeGraphs:
 
 
 @dataclass(eq=False)
+class Prompt:
+    """Tokens on their way into the cache, all but the last, and the samples that wait for them."""
+
+    ids: list
+    rows: list  # the samples not yet started
+    pages: list = field(default_factory=list)
+    done: int = 0  # tokens read, those that all prompts begin with included
+
+
+@dataclass(eq=False)
 class Row:
-    """One sample on its way."""
+    """One sample. When it decodes, all its tokens but the last, the prompt's and then its own, are in the cache."""
 
     i: int  # its prompt
     j: int  # its number among that prompt's samples
     key: tuple
     limit: int  # new tokens at most
     uniforms: np.ndarray = None  # [limit], one for each new token, from when it starts
-    ids: list = field(default_factory=list)  # the new tokens; all but the last one are in the cache
+    ids: list = field(default_factory=list)  # the new tokens
     logprob: float = 0.0
     certainty: float = 0.0  # summed, like logprob
     pages: list = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class Reading:
-    """A prompt on its way into the cache, and the samples that wait for it."""
-
-    ids: list
-    rows: list  # the samples not yet started
-    pages: list = field(default_factory=list)
-    done: int = 0  # tokens read, those that all prompts begin with included
-    hidden: torch.Tensor = None  # [C], the last token's hidden state, when all is read
 
 
 @dataclass
 class Stats:
     """What a `stream` has done so far."""
 
-    prompt_tokens: int = 0  # read: what all prompts begin with, the rest of each, and what had to be read again
+    prompt_tokens: int = 0  # read beside the rows' own: the common beginning, the rest of each, and what came again
     generated: int = 0  # tokens of finished and unfinished samples
     rows: int = 0  # samples being decoded in the last step
     steps: int = 0
@@ -1132,148 +1062,107 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
     if not any(keys):
         return
     stats = stats or Stats()
-    varlen = use_varlen(device, dtype)
-    page = 256 if varlen else 64  # flash attention reads pages of 256
+    page = 256 if use_varlen(device, dtype) else 64  # flash attention reads pages of 256
     chunk = 2048  # tokens of prompts read in one step, beside the rows' own
 
     # What all prompts begin with (the template's system message, an instruction) is read once, and then copied.
     common = os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1][:chunk] if len(prompts) > 1 else []
 
-    # How much fits. The steps need room as well: about three times the logits, and a chunk's activations.
-    stats.page_bytes = PagedCache.bytes_per_page(config, page, dtype)
-    step_bytes = 12 * config.vocab_size
+    # How much fits. The steps need room as well: logits, probabilities and their sums, and a chunk's activations.
+    stats.page_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * page * dtype.itemsize
+    step_bytes = 16 * config.vocab_size
     chunk_bytes = 4 * dtype.itemsize * chunk * (config.mlp_dim + config.dim + 2 * config.n_heads * config.head_dim)
     budget = memory if memory is not None else 0.85 * free_memory(device) - chunk_bytes
     batch_size = max(1, min(batch_size, sum(map(len, keys)), int(budget / 4 / step_bytes)))
-    budget -= batch_size * step_bytes
+    budget = max(0, budget - batch_size * step_bytes)
     longest = max(min(len(ids) + params.max_new_tokens, config.context) for ids in prompts)
     width = -(-longest // page)
     least = -(-len(common) // page) + width + 3
-    n_pages = min(int(max(budget, 0) / stats.page_bytes), batch_size * (width + 1) + least)
+    n_pages = min(int(budget / stats.page_bytes), batch_size * (width + 1) + least)
     if n_pages < least:
         need = (least * stats.page_bytes + batch_size * step_bytes) / 2**30
         raise InputError(
-            f"{max(budget, 0) / 2**30:.2f} GiB of memory are left for the cache, and one sequence of {longest} tokens "
+            f"{budget / 2**30:.2f} GiB of memory are left for the cache, and one sequence of {longest} tokens "
             f"needs {need:.2f}; give more with --memory, or lower --max-new-tokens"
         )
-    cache = PagedCache(config, n_pages, page, dtype, device)
-    recorded = DecodeGraphs(model, cache, batch_size, width) if varlen and graphs else None
+    cache = PagedCache(config, n_pages, page, width, dtype, device)
+    recorded = DecodeGraphs(model, cache, batch_size) if cache.varlen and graphs else None
     ahead = 8 if recorded else 1  # graphs run so many steps between two looks at what they have drawn
 
     prefix = cache.take(-(-len(common) // page))
     if common:
-        positions = torch.arange(len(common), device=device)
-        cache.plan([(prefix, 0, len(common))], 0, positions)
+        positions = cache.plan([(prefix, 0, len(common))], 0)
         model(torch.tensor(common, device=device), positions, cache.attend)
         stats.prompt_tokens += len(common)
 
-    waiting = deque()  # prompts not begun
+    waiting, reading, rows = deque(), [], []  # prompts not begun; half or wholly read; samples being decoded
     for i, (ids, samples) in enumerate(zip(prompts, keys)):
         limit = min(params.max_new_tokens, config.context - len(ids))
-        rows = [Row(i, j, key, limit) for j, key in enumerate(samples)]
-        if rows:
-            waiting.append(Reading(ids, rows))
-    reading, ready, rows = [], [], []  # prompts half read; read, with samples to start; samples being decoded
+        if samples:
+            waiting.append(Prompt(ids, [Row(i, j, key, limit) for j, key in enumerate(samples)]))
 
-    def evict(keep=None):
-        """The youngest gives its pages back and will be read again, its own tokens as part of the prompt."""
-        stats.evicted += 1
-        prompts_held = reading or ready
-        if prompts_held and prompts_held[-1] is not keep:
-            prompt = prompts_held.pop()
-        else:
-            row = rows.pop()
-            prompt = Reading(prompts[row.i] + row.ids, [row], row.pages)
-            row.pages = []
-        cache.release(prompt.pages)
-        prompt.pages, prompt.hidden = [], None
-        waiting.appendleft(prompt)
+    while waiting or reading or rows:
+        # 1. Prompts come in while there is room for them and for one more page of all that is going on.
+        while waiting:
+            prompt, going = waiting[0], len(rows) + sum(len(p.rows) for p in reading)
+            need = -(-len(prompt.ids) // page)
+            room = len(cache.free) >= need + going + min(len(prompt.rows), batch_size)
+            if going and (going >= batch_size or not room):
+                break
+            whole = need - 1 if len(prompt.rows) > 1 else 0  # pages that its samples will share
+            prompt.pages, prompt.done = cache.take(whole, shared=True) + cache.take(need - whole), len(common)
+            cache.copy(prefix, prompt.pages)
+            reading.append(waiting.popleft())
 
-    while waiting or reading or ready or rows:
-        # 1. Every row gets room for its next tokens.
+        # 2. Samples start whose prompt is read: they share its pages, but for the one it ends in. The oldest prompt is
+        #    read first. Whenever no sample is going on, the reserve of 1. has left a page for the next.
+        while reading and reading[0].done == len(reading[0].ids) - 1 and len(rows) < batch_size and cache.free:
+            prompt = reading[0]
+            row = prompt.rows.pop(0)
+            row.uniforms = uniforms(row.key, row.limit)
+            row.pages = cache.fork(prompt.pages) if prompt.rows else prompt.pages
+            rows.append(row)
+            if not prompt.rows:
+                del reading[0]
+
+        # 3. Every row gets room for its next tokens. When no page is free, the youngest of all gives its own up and
+        #    will be read again, with what it drew as part of the prompt.
         for row in list(rows):
             tokens = len(prompts[row.i]) + min(len(row.ids) - 1 + ahead, row.limit)
             while row.pages and len(row.pages) < -(-tokens // page):
                 if cache.free:
                     row.pages += cache.take(1)
+                    continue
+                if reading:
+                    prompt = reading.pop()
                 else:
-                    evict()  # the youngest of all, and that may be this row
+                    young = rows.pop()
+                    prompt, young.pages = Prompt(prompts[young.i] + young.ids, [young], young.pages), []
+                cache.release(prompt.pages)
+                waiting.appendleft(prompt)
+                stats.evicted += 1
 
-        # 2. Prompts come in while there is room for them and for one more page of all that is going on.
-        while waiting:
-            prompt, going = waiting[0], len(rows) + sum(len(p.rows) for p in reading + ready)
-            need = -(-len(prompt.ids) // page)
-            idle = not (rows or reading or ready)
-            if not idle and (going >= batch_size or len(cache.free) < need + going + min(len(prompt.rows), batch_size)):
-                break
-            waiting.popleft()
-            whole = len(prompt.ids) // page if len(prompt.rows) > 1 else 0  # pages that its samples will share
-            prompt.pages, prompt.done = cache.take(whole, shared=True) + cache.take(need - whole), len(common)
-            for source, target in zip(prefix, prompt.pages):
-                cache.copy(source, target)
-            reading.append(prompt)
-
-        # 3. One pass of the model: a token of each row, and up to a chunk of the prompts.
+        # 4. One pass of the model: a token of each row, and up to a chunk of the prompts.
         sequences = [(row.pages, len(prompts[row.i]) + len(row.ids) - 1, 1) for row in rows]
-        ids, read, left = [row.ids[-1] for row in rows], [], chunk
+        ids, left = [(row.ids or prompts[row.i])[-1] for row in rows], chunk
         for prompt in reading:
-            n = min(left, len(prompt.ids) - prompt.done)
+            n = min(left, len(prompt.ids) - 1 - prompt.done)
             if n:
                 sequences.append((prompt.pages, prompt.done, n))
                 ids += prompt.ids[prompt.done : prompt.done + n]
                 prompt.done, left = prompt.done + n, left - n
                 stats.prompt_tokens += n
-                if prompt.done == len(prompt.ids):
-                    read.append((prompt, len(ids) - 1))
-        positions = [p for _, first, n in sequences for p in range(first, first + n)]
-        ids, positions = torch.tensor(ids, device=device), torch.tensor(positions, device=device)
-        logits, before, burst = None, [], 1
-        if sequences:
-            cache.plan(sequences, len(rows), positions)
-            if recorded and not reading and not ready:
-                burst = min(ahead, *(row.limit - len(row.ids) for row in rows))
-                recorded.plan(cache.table)
-                logits = recorded.step(ids, positions)
-            else:
-                hidden = model(ids, positions, cache.attend)  # [T, C]
-                for prompt, at in read:
-                    prompt.hidden = hidden[at]
-                    reading.remove(prompt)
-                    ready.append(prompt)
-                before = [hidden[: len(rows)]]
-
-        # 4. Samples whose prompt is read start: they share its whole pages, and copy the one it ends in.
-        starts = []
-        for prompt in list(ready):
-            while prompt.rows and len(rows) < batch_size:
-                end = len(prompt.ids) % page
-                if len(prompt.rows) == 1 or not end:
-                    own = prompt.pages[len(prompt.ids) // page :]
-                else:
-                    while not cache.free and not rows:
-                        evict(keep=prompt)
-                    if not cache.free:
-                        break
-                    own = cache.take(1)
-                    cache.copy(prompt.pages[-1], own[0])
-                row = prompt.rows.pop(0)
-                if row.uniforms is None:
-                    row.uniforms = uniforms(row.key, row.limit)
-                row.pages = prompt.pages[: len(prompt.ids) // page] + own
-                if prompt.rows:
-                    for number in row.pages[: len(prompt.ids) // page]:
-                        cache.users[number] += 1
-                rows.append(row)
-                starts.append(prompt.hidden)
-            if not prompt.rows:
-                ready.remove(prompt)
-            else:
-                break
-        if not rows:
-            yield []
-            continue
-        if logits is None:
-            logits = model.logits(torch.cat(before + [hidden[None] for hidden in starts]))  # [B, V]
+        stats.peak_pages = max(stats.peak_pages, n_pages - 1 - len(cache.free))
+        positions, ids, burst = cache.plan(sequences, len(rows)), torch.tensor(ids, device=device), 1
+        if recorded and left == chunk:
+            burst, table = min(ahead, *(row.limit - len(row.ids) for row in rows)), cache.table
+            logits = recorded.step(ids, positions, table)
+        else:
+            hidden = model(ids, positions, cache.attend)  # [T, C]
+            if not rows:
+                yield []
+                continue
+            logits = model.logits(hidden[: len(rows)])  # [B, V]
 
         # 5. Draw, and go on from what was drawn while a burst lasts.
         u = np.stack([row.uniforms[len(row.ids) :][:burst] for row in rows], axis=1)  # [burst, B]
@@ -1282,11 +1171,9 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
             token, logprob, certainty = sample_token(logits.float(), now, params)
             drawn.append(torch.stack([token.double(), logprob.double(), certainty.double()]))  # [3, B]
             if step < burst:
-                logits = recorded.step(token, positions + step)
+                logits = recorded.step(token, positions + step, table)
         drawn = torch.stack(drawn).tolist()  # [burst, 3, B], the one transfer
-        stats.steps += burst
-        stats.rows = len(rows)
-        finished = []
+        stats.steps, stats.rows, finished = stats.steps + burst, len(rows), []
         for at, row in enumerate(rows):
             for tokens, logprobs, certainties in drawn:
                 if math.isnan(logprobs[at]):
@@ -1301,12 +1188,11 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
                 stop = row.ids[-1] in stop_ids
                 if stop or len(row.ids) == row.limit:
                     cache.release(row.pages)
-                    reason, certainty = "stop" if stop else "length", row.certainty / len(row.ids)
-                    finished.append((row.i, row.j, Completion(row.ids, row.logprob, reason, certainty)))
-                    row.pages = None
+                    row.pages, reason = [], "stop" if stop else "length"
+                    completion = Completion(row.ids, row.logprob, reason, row.certainty / len(row.ids))
+                    finished.append((row.i, row.j, completion))
                     break
-        rows = [row for row in rows if row.pages is not None]
-        stats.peak_pages = cache.peak
+        rows = [row for row in rows if row.pages]
         yield finished
 
 

@@ -130,10 +130,12 @@ def load_problems(data, limit=None):
 
     `answer` is a string or None: of GSM8K's worked answers what follows `####`, of a list its members joined.
     """
-    path = Path(data)
-    if path.is_file() or data == "knights":
-        pass
-    elif data in BENCHMARKS:
+    path, rows = Path(data), None
+    if data == "knights" and not path.is_file():
+        rows = knights_and_knaves()
+    elif not path.is_file():
+        if data not in BENCHMARKS:
+            raise InputError(f"--data {data}: no such file, and no such benchmark; benchmarks: {', '.join(BENCHMARKS)}")
         repo, *files = BENCHMARKS[data]
         found = (hub_file(repo, file, "dataset") if repo else Path(file) for file in files)
         path = next((file for file in found if file), None)
@@ -142,16 +144,11 @@ def load_problems(data, limit=None):
                 f"--data {data}: {repo} on the hub has no {' or '.join(files)} (any more); "
                 "download the set and give the file itself"
             )
-    else:
-        raise InputError(f"--data {data}: no such file, and no such benchmark; benchmarks: {', '.join(BENCHMARKS)}")
-
-    if data == "knights" and not path.is_file():
-        rows = knights_and_knaves()
-    elif path.suffix == ".parquet":
+    if rows is None and path.suffix == ".parquet":
         import pyarrow.parquet
 
         rows = pyarrow.parquet.read_table(path).to_pylist()
-    else:
+    elif rows is None:
         rows = read_jsonl(path)
     problems = []
     for number, row in enumerate(rows[:limit], 1):
