@@ -365,8 +365,8 @@ class Decoder(nn.Module):
 # short name -> where it is; train.py's defaults for it: teacher, training problems, learning rate
 HERE = Path(__file__).resolve().parent
 ALIASES = {
-    "tiny": (str(HERE / "tiny" / "student"), "tiny-teacher", "tiny-train", 1e-3),
-    "tiny-teacher": (str(HERE / "tiny" / "teacher"), "tiny-teacher", "tiny-train", 1e-3),
+    "tiny": (str(HERE / "tiny" / "qwen3-w96"), "tiny-teacher", "tiny-train", 1e-3),
+    "tiny-teacher": (str(HERE / "tiny" / "qwen3-w192"), "tiny-teacher", "tiny-train", 1e-3),
     "qwen-0.5b": ("Qwen/Qwen2.5-0.5B-Instruct", "qwen-7b", "gsm8k-train", 1e-5),
     "qwen-1.5b": ("Qwen/Qwen2.5-1.5B-Instruct", "qwen-7b", "gsm8k-train", 1e-5),
     "qwen-3b": ("Qwen/Qwen2.5-3B-Instruct", "qwen-14b", "gsm8k-train", 1e-5),

@@ -1,41 +1,49 @@
-"""Make the tiny world: problems, a tokenizer, a small student and a larger teacher, all from nothing.
+"""Make the tiny world: problems, a tokenizer and small pre-trained models, all from nothing.
 
-    python tiny/make.py                     everything, on two CPU cores
-    python tiny/make.py --only teacher      one model again, with the tokenizer that is there
+    python tiny/make.py                      everything, on two CPU cores
+    python tiny/make.py --only qwen3-w96     one model again, with the problems and the tokenizer that are there
 
-A problem is four sums of three numbers, of which the last two digits count. Numbers below 100 are one
-token, so an addition is learned as a table of which a model this small gets some entries wrong. A
-solution adds the three numbers of a sum in whichever order it likes:
+A problem is a sheet of eight sums, of which the last two digits count, and it is solved when all eight are:
 
-    A = 97+4+29          A: 97+29=26, 26+4=30
+    Work out each sum and keep its last two digits: a) 28+38; b) 94+26; ... Write the results one after another as one
+    number.
 
-Two solutions that take different orders use different entries of the table, so when they agree, both are
-most likely right: four candidates tell more than one model knows. And because the four sums do not
-depend on each other, a solution can be put together from the right lines of candidates that are all
-wrong as a whole, which no vote on final answers can do.
+    a) 28+38=66
+    b) 94+26=20
+    ...
+    The answer is \\boxed{6620...}.
 
-Training texts are made on the fly and never repeat. The loss is on their last part alone, and that part
-is always right:
+Numbers below 100 are one token, so an addition is a table of 4,272 entries, of which a small model gets some
+wrong. A line is easy and a sheet is long: a model that has 9 lines of 10 right solves 43% of the sheets, and
+two wrong solutions of a sheet are seldom wrong in the same line. A vote on final answers throws that away;
+whoever compares line by line can put a right sheet together from candidates that are all wrong.
 
-    solve     the chat prompt of a problem -> a right solution
-    notes     plain text: perhaps a problem, 1 to 8 attempts under varied headers, some with slips that are
-              carried on, then a corrected version, which takes each line from an attempt that has it right
-    refine    refine.py's prompt with 2 to 6 such attempts as candidates -> the corrected version
+Pre-training texts are made on the fly and never repeat; no problem of the test and training files is among them:
 
-The student is trained on solve and notes: it can find and copy lines, but has never seen a refinement
-prompt, and merely prompted with one it fails. The teacher is trained on all three. No problem of test.jsonl
-or train.jsonl is trained on.
+    facts     lines of the tables
+    repeats   words and numbers in no order, and the same again
+    look-ups  a sheet, and then lines of it in any order, without results
+    solve     the chat prompt of a sheet -> a right solution
+    notes     a sheet, 1 to 8 attempts at it under varied headers, with slips, then a corrected version; as plain text,
+              or as a chat in which the user's message has words of all kinds around them, in no order
+
+All models read the same mixture in the same order. It shows that a later passage may copy from earlier ones and
+correct them, but no refinement prompt: refine.py's words are among those in no order, its sentences nowhere.
+"Differences" are a second kind of sheet, which pre-training has seen too, for a third of the texts. Nothing in this
+repository is trained further on them: they are what tells whether refinement carries over to another kind of problem.
 """
 
 import argparse
 import json
 import math
 import random
+import re
 import shutil
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -46,92 +54,86 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from model import Config, Decoder, SamplingParams, generate, load, save  # noqa: E402
-from refine import refinement_message  # noqa: E402
+from refine import REFINE_PROMPT, refinement_message  # noqa: E402
 from sample import SOLVE_PROMPT  # noqa: E402
 
-N_TEST, N_TRAIN = 500, 3000
+LINES, NAMES = 8, "abcdefgh"
+PROBLEMS = {"test": ("sums", 500), "train": ("sums", 2000), "differences": ("differences", 500)}  # file -> kind, size
+KINDS = {  # what the sheet says; the sign
+    "sums": ("Work out each sum and keep its last two digits", "+"),
+    "differences": ("Work out each difference", "-"),
+}
+MODELS = {  # model_type, width; all have 4 layers
+    "qwen3-w48": ("qwen3", 48),
+    "qwen3-w64": ("qwen3", 64),
+    "qwen3-w96": ("qwen3", 96),
+    "qwen3-w128": ("qwen3", 128),
+    "qwen3-w192": ("qwen3", 192),
+    "llama-w96": ("llama", 96),
+}
+STEPS = 6000
 END, USER, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-MODELS = {  # rows a step of each kind: notes and refine rows are counted at 4 attempts, fewer when longer
-    "student": {"dim": 128, "layers": 4, "heads": 4, "steps": 1300, "rows": {"solve": 20, "notes": 6}},
-    "teacher": {"dim": 192, "layers": 4, "heads": 6, "steps": 1300, "rows": {"solve": 16, "notes": 3, "refine": 5}},
-}
 
 
 # ------------------------------------------------------------------------------------------------
-# Problems and texts
+# Problems
 
 
-def make_problem(rng):
-    """Four sums, each a list of three numbers whose sum ends in two digits other than 0x."""
-    sums = []
-    while len(sums) < 4:
-        terms = [rng.randint(11, 99), rng.randint(2, 39), rng.randint(2, 39)]
-        rng.shuffle(terms)
-        if sum(terms) % 100 >= 10:
-            sums.append(terms)
-    return sums
+def make_sheet(kind, size, rng):
+    """[(expression, result)], `size` of them; results have two digits."""
+    sheet = []
+    while len(sheet) < size:
+        a, b = rng.randint(11, 99), rng.randint(2, 49)
+        result = (a + b) % 100 if kind == "sums" else a - b
+        if result >= 10:
+            sheet.append((f"{a}{KINDS[kind][1]}{b}", result))
+    return sheet
 
 
-def problem_text(sums):
-    shown = "; ".join(f"{name} = {'+'.join(map(str, terms))}" for name, terms in zip("ABCD", sums))
-    return (
-        f"Work out each sum and keep its last two digits. {shown}. "
-        "Write the four results one after another as one number."
-    )
+def problem_text(kind, sheet):
+    shown = "; ".join(f"{name}) {expression}=?" for name, (expression, _) in zip(NAMES, sheet))
+    return f"{KINDS[kind][0]}: {shown}. Write the results one after another as one number."
+
+
+def answer_of(results):
+    return "".join(map(str, results))
+
+
+def solution(sheet, results=None):
+    results = results or [result for _, result in sheet]
+    lines = [f"{name}) {expression}={result}\n" for name, (expression, _), result in zip(NAMES, sheet, results)]
+    return f"{''.join(lines)}The answer is \\boxed{{{answer_of(results)}}}."
 
 
 def slip(value, rng):
     """A wrong result of the kinds that occur: another tens digit, another last digit, anything."""
-    kind = rng.random()
-    if kind < 0.35:
-        return (value + rng.choice((10, -10))) % 100
-    if kind < 0.65:
-        return (value + rng.choice((1, -1))) % 100
-    if kind < 0.8:
-        return (value + rng.choice((20, -20, 2, -2, 11, -11, 9, -9))) % 100
-    return rng.randrange(100)
+    wrong = value
+    while wrong == value or wrong < 10:
+        near = rng.choices(((10, -10), (1, -1), (20, -20, 2, -2, 11, -11, 9, -9), None), (0.35, 0.3, 0.15, 0.2))[0]
+        wrong = (value + rng.choice(near)) % 100 if near else rng.randrange(10, 100)
+    return wrong
 
 
-def work_out(name, terms, rng, error=0.0):
-    """One line of a solution, the terms in random order, each addition wrong with probability `error`.
-
-    Returns (text, result, whether every addition is right).
-    """
-    value, *rest = rng.sample(terms, 3)
-    steps, right = [], True
-    for term in rest:
-        result = (value + term) % 100
-        if error and rng.random() < error:
-            result = slip(result, rng)
-        right &= result == (value + term) % 100
-        steps.append(f"{value}+{term}={result}")
-        value = result
-    return f"{name}: {', '.join(steps)}", value, right
+def write_problems():
+    """The files of problems; returns the texts of their problems, which pre-training leaves out."""
+    rng, seen = random.Random(20), set()
+    for name, (kind, size) in PROBLEMS.items():
+        with open(HERE / f"{name}.jsonl", "w", encoding="utf-8") as file:
+            for i in range(size):
+                while (text := problem_text(kind, sheet := make_sheet(kind, LINES, rng))) in seen:
+                    pass
+                seen.add(text)
+                answer = answer_of(result for _, result in sheet)
+                file.write(json.dumps({"id": f"{name}-{i}", "problem": text, "answer": answer}) + "\n")
+    return seen
 
 
-def as_text(lines):
-    code = "".join(str(value) for _, value, _ in lines)
-    return "\n".join(text for text, _, _ in lines) + f"\nThe answer is \\boxed{{{code}}}."
-
-
-def solution(sums, rng, error=0.0):
-    return as_text([work_out(name, terms, rng, error) for name, terms in zip("ABCD", sums)])
-
-
-def attempts_and_correction(sums, n, rng):
-    """n attempts, and a right solution that takes each line from an attempt that has it right, if any has."""
-    error = rng.choice((0.03, 0.06, 0.1, 0.15, 0.25, 0.4))
-    attempts = [[work_out(name, terms, rng, error) for name, terms in zip("ABCD", sums)] for _ in range(n)]
-    best = []
-    for i, (name, terms) in enumerate(zip("ABCD", sums)):
-        right = [attempt[i] for attempt in attempts if attempt[i][2]]
-        best.append(rng.choice(right) if right else work_out(name, terms, rng))
-    return [as_text(lines) for lines in attempts], as_text(best)
-
+# ------------------------------------------------------------------------------------------------
+# Texts: lists of (text, weight of its tokens in the loss)
 
 OPENINGS = ("Exercise", "Task", "Question", "Homework", "Quiz", "Number 7", "Test")
 HEADERS = ("Attempt", "Try", "Draft", "Version", "Pupil", "Sheet", "Copy", "Student", "Paper", "Group", "Notes")
@@ -145,48 +147,97 @@ LAST_HEADERS = (
     "Final version",
     "Checked",
 )
+COMMON = (
+    "is it was and that we they these this there then two of in to a an some other more most little big good bad new "
+    "old day year man way thing hand part place week work number people time"
+)
+WORDS = sorted({*re.findall(r"[A-Za-z]+", f"{REFINE_PROMPT} Candidate"), *COMMON.split()})
+LAST_SENTENCE = SOLVE_PROMPT.partition("\n\n")[2]
+
+
+def prose(rng, most):
+    """Words in no order, at most so many."""
+    text = ""
+    for word in rng.choices(WORDS, k=rng.randint(0, most)):
+        text += ("" if not text else " ") + word + rng.choices(("", ".", ",", ":"), (0.82, 0.08, 0.06, 0.04))[0]
+    return text and text + rng.choice(".:")
 
 
 def chat(message):
     return f"{USER}user\n{message}{STOP}\n{USER}assistant\n"
 
 
-def solve_row(sums, n, rng):
-    """-> (text that is only read, text that is learned)"""
-    return chat(SOLVE_PROMPT.format(problem=problem_text(sums))), solution(sums, rng) + STOP
+def facts_row(rng):
+    row = []
+    for kind in rng.choices(list(KINDS), (2, 1), k=20):
+        [(expression, result)] = make_sheet(kind, 1, rng)
+        row += [(f"{expression}=", 0), (str(result), 1), ("\n", 0)]
+    return row
 
 
-def notes_row(sums, n, rng):
-    attempts, best = attempts_and_correction(sums, n, rng)
-    gap, header, numbered = rng.choice(("\n", "\n\n", "\n---\n")), rng.choice(HEADERS), rng.random() < 0.8
-    text = (
-        rng.choice(OPENINGS) + rng.choice((": ", ":\n", " - ")) + problem_text(sums) + gap if rng.random() < 0.8 else ""
-    )
-    for i, attempt in enumerate(attempts, 1):
-        text += f"{header} {i}:\n{attempt}{gap}" if numbered else f"{header}:\n{attempt}{gap}"
-    return f"{text}{rng.choice(LAST_HEADERS)}:\n", best + END
+def repeats_row(rng):
+    """Words and numbers in no order, three times."""
+    parts = [f" {rng.choice(WORDS)}" if rng.random() < 0.3 else str(rng.randint(10, 99)) for _ in range(24)]
+    text = "".join(parts[: rng.randint(4, 24)])
+    return [(f"{text}\n", 0), (text, 1), ("\n", 0), (text, 1)]
 
 
-def refine_row(sums, n, rng):
-    attempts, best = attempts_and_correction(sums, n, rng)
-    return chat(refinement_message(problem_text(sums), attempts)), best + STOP
+def look_ups_row(rng):
+    """A sheet, and lines of it in any order, without results."""
+    names = rng.sample(NAMES, rng.randint(2, LINES))
+    lines = [f"{name}) {make_sheet(rng.choice(list(KINDS)), 1, rng)[0][0]}=" for name in names]
+    row = [(f"{prose(rng, 6)}\n{'; '.join(f'{line}?' for line in lines)}.\n{prose(rng, 6)}\n", 0)]
+    for line in rng.choices(lines, k=8):
+        row += [(line[:3], 0), (line[3:], 1), ("\n", 0)]
+    return row
 
 
-ROWS = {"solve": (solve_row, 1, 1), "notes": (notes_row, 1, 8), "refine": (refine_row, 2, 6)}  # fewest, most attempts
+def solve_row(kind, sheet, rng):
+    return [(chat(SOLVE_PROMPT.format(problem=problem_text(kind, sheet))), 0), (solution(sheet) + STOP, 1)]
 
 
-def write_problems():
-    """test.jsonl and train.jsonl; returns the texts of their problems, which pre-training leaves out."""
-    rng, seen = random.Random(20), set()
-    for name, size in (("test", N_TEST), ("train", N_TRAIN)):
-        with open(HERE / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            for i in range(size):
-                while (text := problem_text(sums := make_problem(rng))) in seen:
-                    pass
-                seen.add(text)
-                answer = "".join(str(sum(terms) % 100) for terms in sums)
-                file.write(json.dumps({"id": f"{name}-{i}", "problem": text, "answer": answer}) + "\n")
-    return seen
+def notes_row(kind, sheet, n, in_chat, rng):
+    """n attempts and the corrected version. Attempts after the first are learned too, half as much: to copy is to learn
+    where to look."""
+    error, gap = rng.choice((0.03, 0.06, 0.1, 0.15, 0.25, 0.4)), rng.choice(("\n", "\n\n", "\n---\n"))
+    header, numbered = rng.choice(HEADERS), rng.random() < 0.8
+    start = f"{USER}user\n{prose(rng, 16)}{gap}" if in_chat else ""
+    if rng.random() < 0.85:
+        start += rng.choice(OPENINGS) + rng.choice((": ", ":\n", " - ")) + problem_text(kind, sheet) + gap
+    row = [(start, 0)]
+    for i in range(1, n + 1):
+        attempt = [slip(result, rng) if rng.random() < error else result for _, result in sheet]
+        row += [(f"{header} {i}:\n" if numbered else f"{header}:\n", 0)]
+        row += [(solution(sheet, attempt), 0.5 if i > 1 else 0), (gap, 0)]
+        row += [(prose(rng, 8) + gap, 0)] if rng.random() < 0.3 else []
+    if in_chat:
+        last = f" {LAST_SENTENCE}" if rng.random() < 0.5 else ""
+        end = f"{prose(rng, 26)}{last}{STOP}\n{USER}assistant\n"
+    else:
+        end = f"{rng.choice(LAST_HEADERS)}:\n"
+    return row + [(end, 0), (solution(sheet) + (STOP if in_chat else END), 1)]
+
+
+def texts_of_step(progress, held_out, rng):
+    """-> the batches of one step, {kind of text: rows}; progress goes from 0 to 1."""
+
+    def sheet():
+        whole = progress > 0.5 and rng.random() < 0.6  # short sheets first: they are sooner learned
+        while True:
+            kind = rng.choices(list(KINDS), (2, 1))[0]
+            made = make_sheet(kind, LINES if whole else rng.randint(1, LINES), rng)
+            if problem_text(kind, made) not in held_out:
+                return kind, made
+
+    repeats, look_ups = ([make(rng) for _ in range(6)] for make in (repeats_row, look_ups_row))
+    if progress < 0.35:  # first of all, to find things: without it nothing else is learned
+        return [{"repeats": repeats, "look-ups": look_ups}]
+    short = {"repeats": repeats[:1], "look-ups": look_ups[:2]}
+    short["facts"] = [facts_row(rng) for _ in range(4 if progress < 0.5 else 1)]
+    short["solve"] = [solve_row(*sheet(), rng) for _ in range(4)]
+    n, in_chat = rng.randint(1, 8), rng.random() < 0.5
+    notes = [notes_row(*sheet(), n, in_chat, rng) for _ in range(max(1, round(6 / (n + 0.5))))]
+    return [short, {"notes in a chat" if in_chat else "notes": notes}]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -195,43 +246,50 @@ def write_problems():
 
 def make_tokenizer():
     """A byte-level BPE in which every number below 100 and every word of the prompts is one token."""
-    rng, words = random.Random(30), " ".join(OPENINGS + HEADERS + LAST_HEADERS)
-    texts = ["".join(make(make_problem(rng), 3, rng)) for make, _, _ in ROWS.values() for _ in range(400)]
-    texts += [" ".join(f"{i:02d} {i % 10}" for i in range(100)), words, words.replace(" ", ". ")] * 50
+    rng, texts = random.Random(30), []
+    for kind in KINDS:
+        for _ in range(300):
+            rows = [solve_row(kind, make_sheet(kind, LINES, rng), rng)]
+            rows += [notes_row(kind, make_sheet(kind, LINES, rng), 3, in_chat, rng) for in_chat in (False, True)]
+            texts += ["".join(text for text, _ in row) for row in rows]
+    texts += [chat(refinement_message("x", ["y", "z"]))] * 60
+    words = " ".join([*OPENINGS, *HEADERS, *LAST_HEADERS, *WORDS])
+    texts += [" ".join(f"{i:02d} {i % 10} {i}+ {i}- {i}=" for i in range(100)), words, words.replace(" ", ". ")] * 50
     texts += [text.replace("user\n", "user\nsystem\n") for text in texts[:50]]
     for special in (END, USER, STOP):
         texts = [text.replace(special, " ") for text in texts]
     tokenizer = Tokenizer(models.BPE())
-    pieces = Regex(r"\d{1,2}| ?[A-Za-z]+|\\[A-Za-z]+|\n+|[^\sA-Za-z0-9]+ ?|\s+")  # numbers are cut in ones and twos
+    # The name of a line is one token, and numbers are cut in ones and twos.
+    pieces = Regex(r"[a-h]\) |\d{1,2}[-+=]?| ?[A-Za-z]+|\\[A-Za-z]+|\n+|[^\sA-Za-z0-9]+ ?|\s+")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = [END, USER, STOP]
     trainer = trainers.BpeTrainer(
-        vocab_size=768, min_frequency=20, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=1200, min_frequency=20, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
-def write_folder(folder, spec, tokenizer):
+def write_folder(folder, kind, width, tokenizer):
     """Everything of a Hugging Face folder but the weights; returns the Config."""
     folder.mkdir(parents=True, exist_ok=True)
     end, stop = tokenizer.token_to_id(END), tokenizer.token_to_id(STOP)
     config = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
+        "architectures": [{"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[kind]],
+        "model_type": kind,
         "vocab_size": tokenizer.get_vocab_size(),
-        "hidden_size": spec["dim"],
-        "intermediate_size": 3 * spec["dim"],
-        "num_hidden_layers": spec["layers"],
-        "num_attention_heads": spec["heads"],
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": 4,
+        "num_attention_heads": max(4, width // 32),
         "num_key_value_heads": 2,
         "head_dim": 32,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
+        "rope_theta": 1000.0,
         "max_position_embeddings": 2048,
         "attention_bias": False,
         "tie_word_embeddings": True,
@@ -240,7 +298,7 @@ def write_folder(folder, spec, tokenizer):
         "pad_token_id": end,
         "torch_dtype": "bfloat16",
     }
-    generation = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 160}
+    generation = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 120}
     generation |= {"eos_token_id": [stop, end], "pad_token_id": end}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048, "eos_token": STOP}
     settings |= {"pad_token": END, "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE}
@@ -254,89 +312,65 @@ def write_folder(folder, spec, tokenizer):
 # Training
 
 
-def make_rows(kind, rows, held_out, rng):
-    """Rows of one kind, all with the same number of attempts, so that little is padded."""
-    make, fewest, most = ROWS[kind]
-    n = rng.randint(fewest, most)
-    if kind != "solve":
-        rows = max(1, round(rows * 4 / (n + 0.5)))
-    made = []
-    while len(made) < rows:
-        if problem_text(sums := make_problem(rng)) not in held_out:
-            made.append(make(sums, n, rng))
-    return made
-
-
 def row_losses(model, tokenizer, rows):
-    """Cross-entropy of each learned token, [M], of `rows`, (read, learned) texts."""
-    encoded = tokenizer.encode_batch([read + learned for read, learned in rows])
-    ids = torch.zeros(len(rows), max(len(e.ids) for e in encoded), dtype=torch.long)  # [B, T], padded on the right
-    learned = torch.zeros_like(ids, dtype=torch.bool)  # [B, T], whether the next token is learned
-    for i, (row, read) in enumerate(zip(encoded, tokenizer.encode_batch([read for read, _ in rows]))):
-        ids[i, : len(row.ids)] = torch.tensor(row.ids)
-        learned[i, len(read.ids) - 1 : len(row.ids) - 1] = True
+    """Rows of texts -> (cross-entropy [M], weight [M] and row [M] of the tokens that have a weight; tokens read)."""
+    encoded = iter(tokenizer.encode_batch([text for row in rows for text, _ in row]))
+    parts = [[(token, weight) for _, weight in row for token in next(encoded).ids] for row in rows]
+    length = max(map(len, parts))
+    ids, weights = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length)  # [B, T], padded
+    for i, row in enumerate(parts):
+        ids[i, : len(row)] = torch.tensor([token for token, _ in row])
+        weights[i, : len(row) - 1] = torch.tensor([weight for _, weight in row[1:]])  # of the next token
+    at = weights > 0
     # On a CPU, plain attention is faster than the fused kernel for short rows, and slower for long ones.
-    kernel = SDPBackend.MATH if ids.shape[1] < 280 else SDPBackend.FLASH_ATTENTION
+    kernel = SDPBackend.MATH if length < 280 else SDPBackend.FLASH_ATTENTION
     with sdpa_kernel(kernel), torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model.logits(model(ids)[learned])  # [B, T, C] -> [M, C] -> [M, V]
-    return F.cross_entropy(logits.float(), ids.roll(-1, 1)[learned], reduction="none")
+        logits = model.logits(model(ids)[at])  # [B, T, C] -> [M, C] -> [M, V]
+    losses = F.cross_entropy(logits.float(), ids.roll(-1, 1)[at], reduction="none")
+    return losses, weights[at], at.nonzero()[:, 0], sum(map(len, parts))
 
 
-def pretrain(name, spec, config, tokenizer, held_out):
-    seed = list(MODELS).index(name)
-    torch.manual_seed(seed)
-    rng, model = random.Random(100 + seed), Decoder(config)
+def pretrain(name, config, tokenizer, held_out, log):
+    torch.manual_seed(0)
+    rng, model = random.Random(100), Decoder(config)
     matrices, others = [], []
     for key, weight in model.named_parameters():
         if weight.dim() == 2:  # what is added to the residual stream starts small
             scale = 0.3 if key.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-            std = 0.02 if "embed" in key else scale / math.sqrt(weight.shape[1])
+            std = 5 / math.sqrt(weight.shape[1]) if "embed" in key else scale / math.sqrt(weight.shape[1])
             torch.nn.init.normal_(weight, std=std)
         (matrices if weight.dim() == 2 and "embed" not in key else others).append(weight)
-    print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    parameters = sum(weight.numel() for weight in model.parameters())
     # Muon (github.com/KellerJordan/Muon) for the matrices, AdamW for the rest.
     optimizers = [
         torch.optim.Muon(matrices, lr=0.02, weight_decay=0.05, momentum=0.95),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    peaks, shown, n_tokens, started = [0.02, 3e-3], {}, 0, time.time()
-    bar = tqdm(range(spec["steps"]), desc=name, unit=" steps", mininterval=5)
+    peaks, shown, n_tokens, started = [0.02, 0.003], {}, 0, time.time()
+    bar = tqdm(range(STEPS), desc=f"{name}, {parameters:,} parameters", unit=" steps", mininterval=5)
     for step in bar:
-        progress = step / spec["steps"]
-        scale = min(1.0, (progress + 1e-3) / 0.05) * 0.5 * (1 + math.cos(math.pi * progress))
-        batches = {kind: make_rows(kind, n, held_out, rng) for kind, n in spec["rows"].items()}
-        weight = 1 / (70 * sum(map(len, batches.values())))  # a solution has about 70 tokens
-        for kind, rows in batches.items():
-            losses = row_losses(model, tokenizer, rows)
-            (losses.sum() * weight).backward()
-            shown[kind] = 0.98 * shown.get(kind, losses.mean().item()) + 0.02 * losses.mean().item()
-            n_tokens += sum(len(e.ids) for e in tokenizer.encode_batch([read + learned for read, learned in rows]))
+        progress = step / STEPS
+        scale = min(1.0, (progress + 1e-3) / 0.03) * 0.5 * (1 + math.cos(math.pi * progress))
+        for texts in texts_of_step(progress, held_out, rng):
+            losses, weights, number, tokens = row_losses(model, tokenizer, sum(texts.values(), []))
+            ((losses * weights).sum() / 300).backward()
+            n_tokens += tokens
+            ends = np.cumsum([0, *map(len, texts.values())])
+            for kind, start, end in zip(texts, ends, ends[1:]):  # of the attempts in notes, nothing is shown
+                last = losses[(number >= start) & (number < end) & (weights == 1)].mean().item()
+                shown[kind] = 0.99 * shown.get(kind, last) + 0.01 * last
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, peak in zip(optimizers, peaks):
             optimizer.param_groups[0]["lr"] = peak * scale
             optimizer.step()
             optimizer.zero_grad()
-        bar.set_postfix_str(" ".join(f"{kind} {loss:.4f}" for kind, loss in shown.items()))
-    print(f"{name}: {n_tokens:,} tokens in {(time.time() - started) / 60:.1f} minutes; last losses {shown}")
+        bar.set_postfix_str(" ".join(f"{kind} {loss:.3f}" for kind, loss in shown.items()))
+        if step % 100 == 99 or step == STEPS - 1:
+            spent = {"step": step + 1, "tokens": n_tokens, "seconds": round(time.time() - started)}
+            losses = {kind: round(loss, 4) for kind, loss in shown.items()}
+            log.write(json.dumps({"model": name, "parameters": parameters, **spent, **losses}) + "\n")
+            log.flush()
     return model
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--only", choices=list(MODELS), help="make this model alone")
-    args = parser.parse_args()
-    held_out, tokenizer = write_problems(), make_tokenizer()
-    for name, spec in MODELS.items():
-        if args.only in (None, name):
-            folder = HERE / name
-            config = write_folder(folder, spec, tokenizer)
-            model = pretrain(name, spec, config, tokenizer, held_out)
-            # save() copies the tokenizer files from a folder other than the one it writes.
-            shutil.rmtree(HERE / "source", ignore_errors=True)
-            folder.rename(HERE / "source")
-            save(model.to(torch.bfloat16), folder, HERE / "source")
-            shutil.rmtree(HERE / "source")
-            check(name)
 
 
 def check(name):
@@ -345,10 +379,28 @@ def check(name):
     rows = [json.loads(line) for line in open(HERE / "test.jsonl", encoding="utf-8")][:200]
     prompts = [tokenizer.encode_chat(SOLVE_PROMPT.format(problem=row["problem"]))[1] for row in rows]
     keys = [[(0, row["id"], 0)] for row in rows]
-    out = generate(model, prompts, keys, SamplingParams(max_new_tokens=160), tokenizer.stop_ids)
+    out = generate(model, prompts, keys, SamplingParams(max_new_tokens=120), tokenizer.stop_ids)
     texts = [tokenizer.decode(completion.ids) for [completion] in out]
     right = sum(f"\\boxed{{{row['answer']}}}" in text for row, text in zip(rows, texts))
     print(f"{name}: pass@1 {right / len(rows):.3f} on {len(rows)} test problems\n{texts[0]}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--only", choices=list(MODELS), help="make this model alone")
+    args = parser.parse_args()
+    held_out, tokenizer = write_problems(), make_tokenizer()
+    for name, (kind, width) in MODELS.items():
+        if args.only in (None, name):
+            # save() copies the tokenizer files from a folder other than the one it writes.
+            folder, source = HERE / name, HERE / f"{name}.source"
+            config = write_folder(source, kind, width, tokenizer)
+            with open(HERE / f"{name}.losses.jsonl", "w", encoding="utf-8") as log:
+                model = pretrain(name, config, tokenizer, held_out, log)
+            shutil.rmtree(folder, ignore_errors=True)
+            save(model.to(torch.bfloat16), folder, source)
+            shutil.rmtree(source)
+            check(name)
 
 
 if __name__ == "__main__":
