@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import math
 import re
 import shlex
 import subprocess
@@ -73,23 +72,23 @@ def test_tiny_world_is_ordinary():
             reference = theirs(m.find_model(name))(ids).logits
             torch.testing.assert_close(model.logits(model(ids)), reference, atol=1e-4, rtol=0)
         assert tokenizer.decode(tokenizer.encode("Naïve ☃ \\boxed{12}")) == "Naïve ☃ \\boxed{12}"
-    test, train = (read_jsonl(ROOT / "tiny" / f"{name}.jsonl") for name in ("test", "train"))
-    assert len(test) >= 300 and not {row["problem"] for row in test} & {row["problem"] for row in train}
-    for row in test[:50]:  # the answers, worked out again
-        sums = re.findall(r"= ([\d+]+)", row["problem"])
-        assert row["answer"] == "".join(str(sum(map(int, s.split("+"))) % 100) for s in sums)
+    files = {name: read_jsonl(ROOT / "tiny" / f"{name}.jsonl") for name in ("test", "train", "differences")}
+    problems = [row["problem"] for rows in files.values() for row in rows]
+    assert len(files["test"]) >= 500 and len(set(problems)) == len(problems)
+    for row in files["test"][:50] + files["differences"][:50]:  # the answers, worked out again
+        results = [int(a) + int(sign + b) for a, sign, b in re.findall(r"(\d+)([+-])(\d+)=\?", row["problem"])]
+        assert len(results) == 8 and row["answer"] == "".join(str(result % 100) for result in results)
     size = sum(path.stat().st_size for path in (ROOT / "tiny").rglob("*") if path.is_file())
-    assert size < 12e6
+    assert size < 20e6
+
 
 
 def test_demo_shows_what_the_readme_says():
-    """Joint training raises the refined accuracy by more than its 95% interval and does not lower pass@1."""
+    """Merely prompted, the student refines worse than it votes; joint training turns that around and keeps pass@1."""
     path = ROOT / "runs" / "tiny" / "report.json"
     if not path.exists():
         pytest.skip("run `make demo` first")
     before, after = read_json(path)["rows"]
-    n = after["problems"]
-    assert n >= 300 and before["problems"] == n
-    variance = sum(row["refined"] * (1 - row["refined"]) for row in (before, after)) / n
-    assert after["refined"] - before["refined"] > 2 * 1.96 * math.sqrt(variance)
-    assert after["pass@1"] >= before["pass@1"] and 0.3 <= before["pass@1"] <= 0.6
+    assert after["problems"] == before["problems"] >= 500
+    assert before["gap"]["ci95"][1] < 0 < after["gap"]["ci95"][0]
+    assert after["pass@1"] >= before["pass@1"] and after["rescued"]["all_wrong"][0] > 0
