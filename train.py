@@ -187,7 +187,7 @@ def shown_anew(row, epoch, tokenizer, args):
     """A refine row with the candidates that this epoch shows: a number drawn from --shown of them, in a new order.
 
     One order, seen in each epoch, would teach places in a list. With fewer candidates than the teacher saw, what it
-    took from the others comes from nowhere: of the tiny model, 2 to 4 instead of 4 halved what refinement gets right.
+    took from the others comes from nowhere: of a tiny model, 2 to 4 instead of 4 halved what refinement gets right.
     """
     if row.order is None:
         return row
