@@ -1,27 +1,27 @@
 """Make the tiny world: problems, a tokenizer and small pre-trained models, all from nothing.
 
     python tiny/make.py                      everything, on two CPU cores
-    python tiny/make.py --only qwen3-w96     one model again, with the problems and the tokenizer that are there
+    python tiny/make.py --only qwen3-w96     one model again; the problems and the tokenizer come out as they were
 
 A problem is a sheet of eight sums, of which the last two digits count, and it is solved when all eight are:
 
-    Work out each sum and keep its last two digits: a) 28+38; b) 94+26; ... Write the results one after another as one
-    number.
+    Work out each sum and keep its last two digits: a) 28+38=?; b) 94+26=?; ... Write the results one after
+    another as one number.
 
     a) 28+38=66
     b) 94+26=20
     ...
     The answer is \\boxed{6620...}.
 
-Numbers below 100 are one token, so an addition is a table of 4,272 entries, of which a small model gets some
-wrong. A line is easy and a sheet is long: a model that has 9 lines of 10 right solves 43% of the sheets, and
-two wrong solutions of a sheet are seldom wrong in the same line. A vote on final answers throws that away;
-whoever compares line by line can put a right sheet together from candidates that are all wrong.
+Numbers below 100 are one token, the sign behind them included, so an addition is a table of 4,272 entries, of which
+a small model gets some wrong. A line is easy and a sheet is long: a model that has 9 lines of 10 right solves 43% of
+the sheets, and two wrong solutions of a sheet are seldom wrong in the same line. A vote on final answers throws that
+away; whoever compares line by line can put a right sheet together from candidates that are all wrong.
 
 Pre-training texts are made on the fly and never repeat; no problem of the test and training files is among them:
 
     facts     lines of the tables
-    repeats   words and numbers in no order, and the same again
+    repeats   words and numbers in no order, and the same again, twice
     look-ups  a sheet, and then lines of it in any order, without results
     solve     the chat prompt of a sheet -> a right solution
     notes     a sheet, 1 to 8 attempts at it under varied headers, with slips, then a corrected version; as plain text,
@@ -197,8 +197,10 @@ def solve_row(kind, sheet, rng):
 
 
 def notes_row(kind, sheet, n, in_chat, rng):
-    """n attempts and the corrected version. Attempts after the first are learned too, half as much: to copy is to learn
-    where to look."""
+    """n attempts and the corrected version.
+
+    Attempts after the first are learned too, half as much: to copy is to learn where to look.
+    """
     error, gap = rng.choice((0.03, 0.06, 0.1, 0.15, 0.25, 0.4)), rng.choice(("\n", "\n\n", "\n---\n"))
     header, numbered = rng.choice(HEADERS), rng.random() < 0.8
     start = f"{USER}user\n{prose(rng, 16)}{gap}" if in_chat else ""
@@ -336,9 +338,8 @@ def pretrain(name, config, tokenizer, held_out, log):
     matrices, others = [], []
     for key, weight in model.named_parameters():
         if weight.dim() == 2:  # what is added to the residual stream starts small
-            scale = 0.3 if key.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-            std = 5 / math.sqrt(weight.shape[1]) if "embed" in key else scale / math.sqrt(weight.shape[1])
-            torch.nn.init.normal_(weight, std=std)
+            scale = 0.3 if key.endswith(("o_proj.weight", "down_proj.weight")) else 5 if "embed" in key else 1
+            torch.nn.init.normal_(weight, std=scale / math.sqrt(weight.shape[1]))
         (matrices if weight.dim() == 2 and "embed" not in key else others).append(weight)
     parameters = sum(weight.numel() for weight in model.parameters())
     # Muon (github.com/KellerJordan/Muon) for the matrices, AdamW for the rest.
@@ -346,7 +347,8 @@ def pretrain(name, config, tokenizer, held_out, log):
         torch.optim.Muon(matrices, lr=0.02, weight_decay=0.05, momentum=0.95),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    peaks, shown, n_tokens, started = [0.02, 0.003], {}, 0, time.time()
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    shown, n_tokens, started = {}, 0, time.time()
     bar = tqdm(range(STEPS), desc=f"{name}, {parameters:,} parameters", unit=" steps", mininterval=5)
     for step in bar:
         progress = step / STEPS

@@ -125,10 +125,8 @@ def commands_of(name, how, more, seed):
         model = str(at / f"seed{seed}")
         steps = ["--steps", str(STEPS), "--lr", str(LR), "--seed", str(seed)]
         commands.append(["train.py", "--model", str(TINY / name), *data_of(name, how)[1], *steps, "--out", model])
-    stem, drawn = (
-        at / f"{data}-n{n}-t{temperature}-seed{seed}",
-        ["--seed", str(seed), "--temperature", str(temperature)],
-    )
+    stem = at / f"{data}-n{n}-t{temperature}-seed{seed}"
+    drawn = ["--seed", str(seed), "--temperature", str(temperature)]
     candidates, refined = f"{stem}.candidates.jsonl", f"{stem}.refined.jsonl"
     measured = ["--data", str(TINY / f"{data}.jsonl"), "--n", str(n)]
     commands.append(["sample.py", "--model", model, *measured, *drawn, "--out", candidates])
