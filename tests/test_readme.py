@@ -82,7 +82,6 @@ def test_tiny_world_is_ordinary():
     assert size < 20e6
 
 
-
 def test_demo_shows_what_the_readme_says():
     """Merely prompted, the student refines worse than it votes; joint training turns that around and keeps pass@1."""
     path = ROOT / "runs" / "tiny" / "report.json"
