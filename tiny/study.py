@@ -117,14 +117,15 @@ def data_of(student, how):
 
 
 def commands_of(name, how, more, seed):
-    """One row's commands for one seed -> ([training, if any, sampling, refining], refined file)."""
+    """One row's commands for one seed, what it is trained on first -> (commands, refined file)."""
     data, n, temperature = more.get("data", "test"), more.get("n", 4), more.get("temperature", 1)
     at = RUNS / name / (how or "untrained").replace(" ", "-").replace("'", "")
     model, commands = str(TINY / name), []
     if how:
         model = str(at / f"seed{seed}")
+        commands, data_flags = data_of(name, how)
         steps = ["--steps", str(STEPS), "--lr", str(LR), "--seed", str(seed)]
-        commands.append(["train.py", "--model", str(TINY / name), *data_of(name, how)[1], *steps, "--out", model])
+        commands.append(["train.py", "--model", str(TINY / name), *data_flags, *steps, "--out", model])
     stem = at / f"{data}-n{n}-t{temperature}-seed{seed}"
     drawn = ["--seed", str(seed), "--temperature", str(temperature)]
     candidates, refined = f"{stem}.candidates.jsonl", f"{stem}.refined.jsonl"
@@ -188,8 +189,7 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     args = parser.parse_args()
     started, rows = time.time(), [row for claim in args.claims for row in CLAIMS[claim][1].values()]
-    data = [data_of(name, how)[0] for name, how, _ in rows if how]
-    chains = data + [commands_of(*row, seed)[0] for seed in SEEDS for row in rows]
+    chains = [commands_of(*row, seed)[0] for seed in SEEDS for row in rows]
     if args.list:
         return print(*dict.fromkeys(f"python {shlex.join(command)}" for chain in chains for command in chain), sep="\n")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
