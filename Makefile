@@ -1,5 +1,6 @@
 # make setup   a virtual environment in .venv with the pinned requirements
 # make demo    the whole method on the built-in tiny model, in minutes on a CPU
+# make study   the paper's claims on the built-in tiny models, in about an hour on two CPU cores
 # make test    the tests
 # make bench   the sampler beside other engines, training beside other loops; GSR_REAL_MODEL is the folder of
 #              SmolLM2-135M-Instruct, and GSR_PROBLEMS has svamp.jsonl
@@ -8,7 +9,7 @@ PY := .venv/bin/python
 RUN := runs/tiny
 
 setup: .venv/installed
-.PHONY: setup demo test bench
+.PHONY: setup demo study test bench
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -24,10 +25,13 @@ setup: .venv/installed
 demo: .venv/installed
 	$(PY) sample.py --out $(RUN)/before.candidates.jsonl
 	$(PY) refine.py --candidates $(RUN)/before.candidates.jsonl
-	$(PY) train.py --epochs 3 --weight 4
+	$(PY) train.py --epochs 2 --weight 4
 	$(PY) sample.py --model $(RUN)/trained --out $(RUN)/after.candidates.jsonl
 	$(PY) refine.py --model $(RUN)/trained --candidates $(RUN)/after.candidates.jsonl
 	$(PY) evaluate.py $(RUN)/before.refined.jsonl $(RUN)/after.refined.jsonl --out $(RUN)
+
+study: .venv/installed
+	$(PY) tiny/study.py
 
 test: .venv/installed-test
 	.venv/bin/ruff check .

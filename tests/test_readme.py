@@ -9,15 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from conftest import ROOT, make_folder, write_tokenizer
-from test_model import theirs
 from test_train import data  # noqa: F401  a fixture
 
 import evaluate
 import model as m
 import sample
-from evaluate import read_json, read_jsonl
+from evaluate import read_json
 
 COMMANDS = [
     shlex.split(line)
@@ -61,25 +59,6 @@ def test_readme_commands_run(data, tmp_path, monkeypatch):  # noqa: F811
             ran += 1
     assert ran >= 5 and (tmp_path / "runs" / "report.json").exists()
     assert (tmp_path / "runs" / "qwen-1.5b" / "trained" / "model.safetensors").exists()
-
-
-def test_tiny_world_is_ordinary():
-    """The tiny models are Hugging Face folders like any other, and its two sets of problems are apart."""
-    for name in ("tiny", "tiny-teacher"):
-        model, tokenizer = m.load(name)
-        ids = torch.tensor([tokenizer.encode_chat("Naïve text, {braces} and 123 ☃")[1]])
-        with torch.no_grad():
-            reference = theirs(m.find_model(name))(ids).logits
-            torch.testing.assert_close(model.logits(model(ids)), reference, atol=1e-4, rtol=0)
-        assert tokenizer.decode(tokenizer.encode("Naïve ☃ \\boxed{12}")) == "Naïve ☃ \\boxed{12}"
-    files = {name: read_jsonl(ROOT / "tiny" / f"{name}.jsonl") for name in ("test", "train", "differences")}
-    problems = [row["problem"] for rows in files.values() for row in rows]
-    assert len(files["test"]) >= 500 and len(set(problems)) == len(problems)
-    for row in files["test"][:50] + files["differences"][:50]:  # the answers, worked out again
-        results = [int(a) + int(sign + b) for a, sign, b in re.findall(r"(\d+)([+-])(\d+)=\?", row["problem"])]
-        assert len(results) == 8 and row["answer"] == "".join(str(result % 100) for result in results)
-    size = sum(path.stat().st_size for path in (ROOT / "tiny").rglob("*") if path.is_file())
-    assert size < 20e6
 
 
 def test_demo_shows_what_the_readme_says():

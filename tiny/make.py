@@ -18,7 +18,7 @@ a small model gets some wrong. A line is easy and a sheet is long: a model that 
 the sheets, and two wrong solutions of a sheet are seldom wrong in the same line. A vote on final answers throws that
 away; whoever compares line by line can put a right sheet together from candidates that are all wrong.
 
-Pre-training texts are made on the fly and never repeat; no problem of the test and training files is among them:
+Pre-training texts are made on the fly and never repeat; no problem of the files is among them:
 
     facts     lines of the tables
     repeats   words and numbers in no order, and the same again, twice
@@ -58,7 +58,12 @@ from refine import REFINE_PROMPT, refinement_message  # noqa: E402
 from sample import SOLVE_PROMPT  # noqa: E402
 
 LINES, NAMES = 8, "abcdefgh"
-PROBLEMS = {"test": ("sums", 500), "train": ("sums", 2000), "differences": ("differences", 500)}  # file -> kind, size
+PROBLEMS = {  # file -> kind, size
+    "test": ("sums", 500),
+    "train": ("sums", 2000),
+    "differences": ("differences", 500),
+    "valid": ("sums", 500),  # on which settings are chosen
+}
 KINDS = {  # what the sheet says; the sign
     "sums": ("Work out each sum and keep its last two digits", "+"),
     "differences": ("Work out each difference", "-"),
@@ -235,7 +240,7 @@ def texts_of_step(progress, held_out, rng):
     if progress < 0.35:  # first of all, to find things: without it nothing else is learned
         return [{"repeats": repeats, "look-ups": look_ups}]
     short = {"repeats": repeats[:1], "look-ups": look_ups[:2]}
-    short["facts"] = [facts_row(rng) for _ in range(4 if progress < 0.5 else 1)]
+    short["facts"] = [facts_row(rng) for _ in range(6 if progress < 0.5 else 2)]
     short["solve"] = [solve_row(*sheet(), rng) for _ in range(4)]
     n, in_chat = rng.randint(1, 8), rng.random() < 0.5
     notes = [notes_row(*sheet(), n, in_chat, rng) for _ in range(max(1, round(6 / (n + 0.5))))]

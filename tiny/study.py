@@ -7,12 +7,13 @@
 A claim is a list of rows, and a row is a model measured on held-out problems with three seeds: candidates
 (sample.py), their refinements (refine.py), and before that, where the model is a trained one, its training
 (train.py, once for each seed) on rows that are made once, with seed 0. evaluate.py makes one report of each claim.
-Files are named after what they are, under runs/study, and what is there is not made again. Claims 2 and 4 need
-models that are not shipped yet: `python tiny/make.py` makes all of them.
+Files are named after what they are, under runs/study, and what is there is not made again; study.md has the tables.
+Claim 0 is none of the paper's: it chooses the weight of refinement in training, on problems of its own.
 """
 
 import argparse
 import collections
+import json
 import os
 import shlex
 import shutil
@@ -22,6 +23,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 TINY = Path(os.path.relpath(Path(__file__).parent))
 sys.path.insert(0, str(TINY.parent))
@@ -29,34 +31,47 @@ sys.path.insert(0, str(TINY.parent))
 from evaluate import InputError, command_line, gap_of, read_json, report  # noqa: E402
 
 RUNS = Path("runs/study")
-SEEDS = (0, 1, 2)
 TEACHER, STUDENT = "qwen3-w192", "qwen3-w96"
 SIZES = ("qwen3-w48", "qwen3-w64", "qwen3-w96", "qwen3-w128", "qwen3-w192")
-STEPS, LR = 180, 1e-3
+STEPS, LR, WEIGHT = 180, 1e-3, 4
 
-# What is trained on, by name: flags of train.py, with the files of data_of
-TRAINED = {
-    "joint": "--solve {teacher} --refine {refined} --weight 4",
+TRAINED = {  # what is trained on: flags of train.py, with the files of data_of
+    "joint": "--solve {teacher} --refine {refined} --weight {weight}",
     "solve only": "--solve {teacher}",
     "refine only": "--refine {refined}",
-    "own refinements": "--solve {teacher} --refine {own} --weight 4",
-    "teacher's candidates": "--solve {teacher} --refine {teachers} --weight 4",
+    "own refinements": "--solve {teacher} --refine {own} --weight {weight}",
+    "teacher's candidates": "--solve {teacher} --refine {teachers} --weight {weight}",
 }
-CLAIMS = {  # number -> title, rows: name -> (model, what it was trained on or None, more)
-    1: ("Small models refine badly when merely prompted", {"untrained": (STUDENT, None, {})}),
-    2: ("The gap grows with size", {name: (name, None, {}) for name in SIZES}),
+
+
+class Row(NamedTuple):
+    model: str
+    how: str | None = None  # of TRAINED, or untrained
+    data: str = "test"
+    n: int = 4
+    temperature: float = 1
+    weight: int = WEIGHT
+    seeds: tuple = (0, 1, 2)
+
+
+CLAIMS = {  # number -> title, {name: Row}
+    0: (
+        "The weight of refinement, chosen on problems of its own",
+        {
+            "untrained": Row(STUDENT, data="valid", seeds=(0,)),
+            **{f"weight {w}": Row(STUDENT, "joint", data="valid", weight=w, seeds=(0,)) for w in (1, 2, 4, 8)},
+        },
+    ),
+    1: ("Small models refine badly when merely prompted", {"untrained": Row(STUDENT)}),
+    2: ("The gap grows with size", {name: Row(name) for name in SIZES}),
     3: (
         "Joint training transfers refinement from the larger teacher",
-        {
-            "before": (STUDENT, None, {}),
-            "solve only": (STUDENT, "solve only", {}),
-            "joint": (STUDENT, "joint", {}),
-        },
+        {"before": Row(STUDENT), "solve only": Row(STUDENT, "solve only"), "joint": Row(STUDENT, "joint")},
     ),
     4: (
         "Across scales and families",
         {
-            f"{name}, {'joint' if how else 'before'}": (name, how, {})
+            f"{name}, {'joint' if how else 'before'}": Row(name, how)
             for name in ("qwen3-w64", "qwen3-w96", "qwen3-w128", "llama-w96")
             for how in (None, "joint")
         },
@@ -64,30 +79,29 @@ CLAIMS = {  # number -> title, rows: name -> (model, what it was trained on or N
     5: (
         "Out of domain: trained on sums, measured on differences",
         {
-            "before": (STUDENT, None, {"data": "differences"}),
-            "solve only": (STUDENT, "solve only", {"data": "differences"}),
-            "joint": (STUDENT, "joint", {"data": "differences"}),
+            name: Row(STUDENT, how, data="differences")
+            for name, how in (("before", None), ("solve only", "solve only"), ("joint", "joint"))
         },
     ),
     6: (
         "Ablations",
         {
-            **{how: (STUDENT, how, {}) for how in TRAINED},
-            "joint, N = 2": (STUDENT, "joint", {"n": 2}),
-            "joint, N = 8": (STUDENT, "joint", {"n": 8}),
-            "joint, temperature 0.6": (STUDENT, "joint", {"temperature": 0.6}),
+            **{how: Row(STUDENT, how) for how in TRAINED},
+            "joint, N = 2": Row(STUDENT, "joint", n=2),
+            "joint, N = 8": Row(STUDENT, "joint", n=8),
+            "joint, temperature 0.6": Row(STUDENT, "joint", temperature=0.6),
         },
     ),
 }
 
 
 # ------------------------------------------------------------------------------------------------
-# Commands: lists of words, the last two are --out FILE
+# Commands: lists of words, the last of which is the file or folder that they make
 
 
-def data_of(student, how):
-    """What `student` is trained on -> ([commands that make it, in order], flags of train.py)."""
-    at, shared = RUNS / student, RUNS / TEACHER
+def data_of(row):
+    """What the row's model is trained on -> ([commands that make it, in order], flags of train.py)."""
+    at, shared = RUNS / row.model, RUNS / TEACHER
     files = {
         "candidates": at / "train.candidates.jsonl",
         "teacher": shared / "train.candidates.jsonl",
@@ -96,53 +110,52 @@ def data_of(student, how):
         "copy": shared / "copy.candidates.jsonl",
         "teachers": shared / "copy.refined.jsonl",
     }
-    from_data = ["sample.py", "--data", str(TINY / "train.jsonl"), "--model"]
+    student, teacher, data = (str(TINY / name) for name in (row.model, TEACHER, "train.jsonl"))
     makes = {
-        "candidates": [*from_data, str(TINY / student)],
-        "teacher": [*from_data, str(TINY / TEACHER)],
-        "refined": ["refine.py", "--model", str(TINY / TEACHER), "--candidates", str(files["candidates"])],
-        "own": ["refine.py", "--model", str(TINY / student), "--candidates", str(files["candidates"]), "--k", "4"],
+        "candidates": ["sample.py", "--data", data, "--model", student, "--out"],
+        "teacher": ["sample.py", "--data", data, "--model", teacher, "--out"],
+        "refined": ["refine.py", "--model", teacher, "--candidates", str(files["candidates"]), "--out"],
+        "own": ["refine.py", "--model", student, "--candidates", str(files["candidates"]), "--k", "4", "--out"],
         # train.py refuses refinements of another model's candidates, by the record beside these: a copy has none.
         "copy": ["cp", str(files["teacher"])],
-        "teachers": ["refine.py", "--model", str(TINY / TEACHER), "--candidates", str(files["copy"])],
+        "teachers": ["refine.py", "--model", teacher, "--candidates", str(files["copy"]), "--out"],
     }
-    flags = TRAINED[how].format(**files).split()
-    first = {"refined": ["candidates"], "own": ["candidates"], "teachers": ["teacher", "copy"]}
-    commands = []
-    for needed in [name for name in makes if str(files[name]) in flags]:
-        for name in [*first.get(needed, []), needed]:
-            out = [] if name == "copy" else ["--out"]
-            commands.append([*makes[name], *out, str(files[name])])
+    before = {"refined": ["candidates"], "own": ["candidates"], "teachers": ["teacher", "copy"]}
+    flags, commands = TRAINED[row.how].format(**files, weight=row.weight).split(), []
+    for name in [name for name, file in files.items() if str(file) in flags]:
+        commands += [[*makes[made], str(files[made])] for made in [*before.get(name, []), name]]
     return commands, flags
 
 
-def commands_of(name, how, more, seed):
-    """One row's commands for one seed, what it is trained on first -> (commands, refined file)."""
-    data, n, temperature = more.get("data", "test"), more.get("n", 4), more.get("temperature", 1)
-    at = RUNS / name / (how or "untrained").replace(" ", "-").replace("'", "")
-    model, commands = str(TINY / name), []
-    if how:
-        model = str(at / f"seed{seed}")
-        commands, data_flags = data_of(name, how)
-        steps = ["--steps", str(STEPS), "--lr", str(LR), "--seed", str(seed)]
-        commands.append(["train.py", "--model", str(TINY / name), *data_flags, *steps, "--out", model])
-    stem = at / f"{data}-n{n}-t{temperature}-seed{seed}"
-    drawn = ["--seed", str(seed), "--temperature", str(temperature)]
+def commands_of(row, seed):
+    """A row's commands for one seed, the last of which makes its refined file."""
+    kind = (row.how or "untrained").replace(" ", "-").replace("'", "")
+    kind += f"-weight{row.weight}" if "{weight}" in TRAINED.get(row.how, "") else ""
+    at, model, commands = RUNS / row.model / kind, str(TINY / row.model), []
+    if row.how:
+        trained = str(at / f"seed{seed}")
+        commands, flags = data_of(row)
+        flags += ["--steps", str(STEPS), "--lr", str(LR), "--seed", str(seed), "--out", trained]
+        commands.append(["train.py", "--model", model, *flags])
+        model = trained
+    stem = at / f"{row.data}-n{row.n}-t{row.temperature}-seed{seed}"
+    drawn = ["--seed", str(seed), "--temperature", str(row.temperature), "--out"]
     candidates, refined = f"{stem}.candidates.jsonl", f"{stem}.refined.jsonl"
-    measured = ["--data", str(TINY / f"{data}.jsonl"), "--n", str(n)]
-    commands.append(["sample.py", "--model", model, *measured, *drawn, "--out", candidates])
-    commands.append(["refine.py", "--model", model, "--candidates", candidates, *drawn, "--out", refined])
-    return commands, refined
+    data = ["--data", str(TINY / f"{row.data}.jsonl"), "--n", str(row.n)]
+    commands.append(["sample.py", "--model", model, *data, *drawn, candidates])
+    commands.append(["refine.py", "--model", model, "--candidates", candidates, *drawn, refined])
+    return commands
 
 
 LOCKS = collections.defaultdict(threading.Lock)  # one for each output
+failed = threading.Event()
 
 
 def run(commands, started):
     """Run commands one after another, but those whose output is there. What two chains need is made by one of them."""
     for command in commands:
         with LOCKS[command[-1]]:
-            if Path(command[-1]).exists():
+            if failed.is_set() or Path(command[-1]).exists():
                 continue
             Path(command[-1]).parent.mkdir(parents=True, exist_ok=True)
             if command[0] == "cp":
@@ -154,7 +167,9 @@ def run(commands, started):
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             if done.returncode:
-                raise InputError(f"python {shlex.join(command)}: {done.stdout.strip().splitlines()[-1]}")
+                failed.set()  # the other chains end with the command that they are at
+                said = (done.stdout.strip() or "no output").splitlines()[-1]
+                raise InputError(f"python {shlex.join(command)}: {said}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -165,22 +180,47 @@ def table(claim):
     """The rows of a claim, from the report that evaluate.py made of it, in Markdown."""
     title, rows = CLAIMS[claim]
     found = read_json(RUNS / f"claim{claim}" / "report.json")
-    lines = [
-        f"## {claim}. {title}",
-        "",
-        f"`python tiny/study.py --claims {claim}`, seeds {', '.join(map(str, SEEDS))}",
-        "",
-        "| | pass@1 | pass@N | maj@N | refined | gap, points [95%] | s.e. of seeds | all wrong, rescued |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = ["", "pass@1", "pass@N", "maj@N", "likeliest", "refined", "**gap [95%]**", "s.e. of seeds"]
+    head += ["gap at equal tokens", "all wrong, rescued"]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for name, row in zip(rows, found["rows"]):
-        gap, n, (rescued, wrong) = row["gap"], row["n"], row["rescued"]["all_wrong"]
-        accuracy = " | ".join(f"{row[key]:.1%}" for key in ("pass@1", f"pass@{n}", f"maj@{n}", "refined"))
-        lines.append(f"| {name} | {accuracy} | {gap_of(gap)} | {100 * gap['seed_se']:.1f} | {rescued} of {wrong} |")
+        gap, cost, (rescued, wrong) = row["gap"], row["equal_cost"]["generated"], row["rescued"]["all_wrong"]
+        methods = [row["methods"][method] for method in ("pass@1", "pass@N", "maj@N", "logprob", "refined")]
+        line = [name, *(f"{method['accuracy']:.1%}" for method in methods), f"**{gap_of(gap)}**"]
+        line += ["-" if gap["seed_se"] is None else f"{100 * gap['seed_se']:.1f}"]
+        line += ["~" * cost["extrapolated"] + gap_of(cost) if "maj" in cost else "-", f"{rescued} of {wrong}"]
+        lines.append(line)
+    seeds = ", ".join(map(str, next(iter(rows.values())).seeds))
+    text = [f"## {claim}. {title}", "", f"`python tiny/study.py --claims {claim}`, seeds {seeds}", ""]
+    text += [f"| {' | '.join(line)} |" for line in lines]
     if claim == 2:
-        for key, value in found["scaling"].items():
-            lines += ["", f"{key.replace('_', ' ')}: {value}"]
-    return "\n".join(lines)
+        for key, x in found["scaling"].items():
+            what = key.replace("_and_", " against ").capitalize()
+            interval = "95% [{:+.2f}, {:+.2f}]".format(*x["ci95"])
+            text += ["", f"{what}: rank correlation {x['spearman']:+.2f} over {x['models']} models ({interval})."]
+    return "\n".join(text)
+
+
+def draw_losses(out):
+    """The models' pre-training: the loss of each kind of text against tokens."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(10, 6), layout="constrained")
+    axes = fig.subplots(2, 3, sharex=True).ravel()
+    for path in sorted(TINY.glob("*.losses.jsonl"), key=lambda path: (path.name[:5], len(path.name), path.name)):
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for axis, kind in zip(axes, ("repeats", "look-ups", "facts", "solve", "notes", "notes in a chat")):
+            tokens, losses = zip(*((line["tokens"] / 1e6, line[kind]) for line in lines if kind in line))
+            style = "--" if path.name.startswith("llama") else "-"
+            axis.semilogy(tokens, losses, style, linewidth=1.2, label=path.name.removesuffix(".losses.jsonl"))
+            axis.set_title(kind, fontsize=10)
+            axis.grid(color="0.92")
+    for axis in axes[3:]:
+        axis.set_xlabel("tokens read (millions)")
+    for axis in axes[::3]:
+        axis.set_ylabel("loss (nats)")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
+    fig.savefig(out, dpi=110)
 
 
 def main():
@@ -189,18 +229,17 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     args = parser.parse_args()
     started, rows = time.time(), [row for claim in args.claims for row in CLAIMS[claim][1].values()]
-    chains = [commands_of(*row, seed)[0] for seed in SEEDS for row in rows]
+    chains = [commands_of(row, seed) for row in rows for seed in row.seeds]
     if args.list:
         return print(*dict.fromkeys(f"python {shlex.join(command)}" for chain in chains for command in chain), sep="\n")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for work in [pool.submit(run, chain, started) for chain in chains]:
             work.result()
     for claim in args.claims:
-        files = []
-        for name, row in CLAIMS[claim][1].items():
-            files.append(f"{name}=" + ",".join(commands_of(*row, seed)[1] for seed in SEEDS))
-        report(files, RUNS / f"claim{claim}", 5.0)
+        files = {name: [commands_of(row, seed)[-1][-1] for seed in row.seeds] for name, row in CLAIMS[claim][1].items()}
+        report([f"{name}={','.join(paths)}" for name, paths in files.items()], RUNS / f"claim{claim}", 5.0)
     text = "\n\n".join(map(table, args.claims))
+    draw_losses(RUNS / "losses.png")
     (RUNS / "study.md").write_text(f"# The claims on the tiny world\n\n{text}\n", encoding="utf-8")
     print(text, f"\n{RUNS}/study.md, {(time.time() - started) / 60:.0f} minutes")
 

@@ -1,0 +1,93 @@
+"""The tiny world: its files, its shipped models against the numbers in tiny/README.md, and its study, made small."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_model import theirs
+
+import model as m
+import refine
+import sample
+from evaluate import read_json, read_jsonl, report
+
+TINY = ROOT / "tiny"
+MODELS = sorted(path.parent.name for path in TINY.glob("*/model.safetensors"))
+
+
+def test_tiny_world_is_ordinary():
+    """The tiny models are Hugging Face folders like any other, and no problem is in two of its files."""
+    for name in MODELS:
+        model, tokenizer = m.load(str(TINY / name))
+        ids = torch.tensor([tokenizer.encode_chat("Naïve text, {braces} and 123 ☃")[1]])
+        with torch.no_grad():
+            torch.testing.assert_close(model.logits(model(ids)), theirs(TINY / name)(ids).logits, atol=1e-4, rtol=0)
+        assert tokenizer.decode(tokenizer.encode("Naïve ☃ \\boxed{12}")) == "Naïve ☃ \\boxed{12}"
+    files = {name: read_jsonl(TINY / f"{name}.jsonl") for name in ("test", "train", "valid", "differences")}
+    problems = [row["problem"] for rows in files.values() for row in rows]
+    assert len(files["test"]) >= 500 and len(set(problems)) == len(problems)
+    for row in files["test"][:50] + files["differences"][:50]:  # the answers, worked out again
+        results = [int(a) + int(sign + b) for a, sign, b in re.findall(r"(\d+)([+-])(\d+)=\?", row["problem"])]
+        assert len(results) == 8 and row["answer"] == "".join(str(result % 100) for result in results)
+    assert sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file()) < 20e6
+
+
+def claimed():
+    """{model: accuracies in percent} of the untrained models, from the tables in tiny/README.md."""
+    found = {}
+    for line in (TINY / "README.md").read_text(encoding="utf-8").splitlines():
+        name, _, numbers = line.removeprefix("| ").partition(" | ")
+        if (name := name.removesuffix(", before")) in MODELS and "%" in numbers:
+            pass_1, _, maj, _, refined = map(float, re.findall(r"([\d.]+)%", numbers))
+            found[name] = {"pass@1": pass_1, "maj@4": maj, "refined": refined}
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_shipped_models_do_what_is_claimed(name, tmp_path):
+    """Guards against: other weights, or another sampler, than those whose numbers tiny/README.md has.
+
+    The first 200 test problems with one seed, where the table has 500 with three: 4 standard errors apart at most.
+    """
+    candidates, refined = str(tmp_path / "candidates.jsonl"), str(tmp_path / "refined.jsonl")
+    folder, data = str(TINY / name), str(TINY / "test.jsonl")
+    sample.main(["--model", folder, "--data", data, "--n", "4", "--limit", "200", "--out", candidates])
+    refine.main(["--model", folder, "--candidates", candidates, "--out", refined])
+    report([refined], tmp_path, 5.0)
+    [row] = read_json(tmp_path / "report.json")["rows"]
+    for key, percent in claimed()[name].items():
+        error = max(2.0, 100 * (row[key] * (1 - row[key]) / 200) ** 0.5)
+        assert abs(100 * row[key] - percent) < 4 * error, f"{key} {100 * row[key]:.1f}%, {percent}% in the table"
+    if name == m.ALIASES["tiny"][0].split("/")[-1]:
+        assert row["gap"]["ci95"][1] < 0  # claim 1
+
+
+def test_study_goes_on_where_it_was(tmp_path):
+    """Guards against: a study that cannot be run, runs a command twice, or trains before its data are there."""
+    for path in ROOT.glob("*.py"):
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "tiny").mkdir()
+    for name in ("qwen3-w96", "qwen3-w192"):
+        (tmp_path / "tiny" / name).symlink_to(TINY / name)
+    for name, size in (("test", 8), ("train", 40)):
+        lines = (TINY / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (tmp_path / "tiny" / f"{name}.jsonl").write_text("".join(lines[:size]), encoding="utf-8")
+    text = (TINY / "study.py").read_text(encoding="utf-8")
+    for there, small in (("STEPS, LR, WEIGHT = 180", "STEPS, LR, WEIGHT = 2"), ("= (0, 1, 2)", "= (0,)")):
+        assert there in text
+        text = text.replace(there, small)
+    (tmp_path / "tiny" / "study.py").write_text(text, encoding="utf-8")
+
+    def run():
+        words = [sys.executable, "tiny/study.py", "--claims", "1", "3"]
+        return subprocess.run(words, cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    first = run()
+    assert first.count(" min] python ") == 3 + 2 * 3 + 2  # the data, three rows, of which two are trained
+    (tmp_path / "runs" / "study" / "claim3" / "report.json").unlink()
+    assert " min] python " not in run()
+    text = (tmp_path / "runs" / "study" / "study.md").read_text(encoding="utf-8")
+    assert text.count("| joint |") == 1 and text.count("## ") == 2
