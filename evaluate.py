@@ -971,14 +971,21 @@ def as_markdown(title, lines, note):
     return "\n".join([f"## {title}", "", head, "| --- |" + " ---: |" * (len(lines[0]) - 1), *rest, "", f"{note}."])
 
 
-def notes(found, grader):
-    """What the tables do not say, a sentence each."""
-    text = ["pass@k and maj@k are exact expectations over subsets; 95% intervals: 10,000 bootstrap draws, seed 0."]
+def correlations(found):
+    """What `scaling` found, a sentence each."""
+    text = []
     for key, values in (found or {}).items():
         if values["spearman"] is not None:
             low_high = values["ci95"] and "95% [{:+.2f}, {:+.2f}]".format(*values["ci95"])
             what = f"{key.replace('_and_', ' against ')}: rank correlation {values['spearman']:+.2f}"
             text.append(f"{what} over {values['models']} rows ({low_high or 'too few for an interval'}).")
+    return text
+
+
+def notes(found, grader):
+    """What the tables do not say, a sentence each."""
+    text = ["pass@k and maj@k are exact expectations over subsets; 95% intervals: 10,000 bootstrap draws, seed 0."]
+    text += correlations(found)
     if n := len(grader.stuck):
         text.append(f"{n} comparisons took longer than {grader.limit:g} s or crashed, and count as unequal.")
     return text

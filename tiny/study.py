@@ -28,7 +28,7 @@ from typing import NamedTuple
 TINY = Path(os.path.relpath(Path(__file__).parent))
 sys.path.insert(0, str(TINY.parent))
 
-from evaluate import InputError, command_line, gap_of, read_json, report  # noqa: E402
+from evaluate import InputError, as_markdown, command_line, correlations, gap_of, read_json, report  # noqa: E402
 
 RUNS = Path("runs/study")
 TEACHER, STUDENT = "qwen3-w192", "qwen3-w96"
@@ -182,7 +182,7 @@ def table(claim):
     found = read_json(RUNS / f"claim{claim}" / "report.json")
     head = ["", "pass@1", "pass@N", "maj@N", "likeliest", "refined", "**gap [95%]**", "s.e. of seeds"]
     head += ["gap at equal tokens", "all wrong, rescued"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines = [head]
     for name, row in zip(rows, found["rows"]):
         gap, cost, (rescued, wrong) = row["gap"], row["equal_cost"]["generated"], row["rescued"]["all_wrong"]
         methods = [row["methods"][method] for method in ("pass@1", "pass@N", "maj@N", "logprob", "refined")]
@@ -191,14 +191,8 @@ def table(claim):
         line += ["~" * cost["extrapolated"] + gap_of(cost) if "maj" in cost else "-", f"{rescued} of {wrong}"]
         lines.append(line)
     seeds = ", ".join(map(str, next(iter(rows.values())).seeds))
-    text = [f"## {claim}. {title}", "", f"`python tiny/study.py --claims {claim}`, seeds {seeds}", ""]
-    text += [f"| {' | '.join(line)} |" for line in lines]
-    if claim == 2:
-        for key, x in found["scaling"].items():
-            what = key.replace("_and_", " against ").capitalize()
-            interval = "95% [{:+.2f}, {:+.2f}]".format(*x["ci95"])
-            text += ["", f"{what}: rank correlation {x['spearman']:+.2f} over {x['models']} models ({interval})."]
-    return "\n".join(text)
+    text = as_markdown(f"{claim}. {title}", lines, f"`python tiny/study.py --claims {claim}`, seeds {seeds}")
+    return "\n\n".join([text, *(correlations(found["scaling"]) if claim == 2 else [])])
 
 
 def draw_losses(out):
