@@ -68,13 +68,13 @@ KINDS = {  # what the sheet says; the sign
     "sums": ("Work out each sum and keep its last two digits", "+"),
     "differences": ("Work out each difference", "-"),
 }
-MODELS = {  # model_type, width; all have 4 layers
-    "qwen3-w48": ("qwen3", 48),
-    "qwen3-w64": ("qwen3", 64),
-    "qwen3-w96": ("qwen3", 96),
-    "qwen3-w128": ("qwen3", 128),
-    "qwen3-w192": ("qwen3", 192),
-    "llama-w96": ("llama", 96),
+MODELS = {  # model_type, width, learning rate of the matrices; all have 4 layers
+    "qwen3-w48": ("qwen3", 48, 0.02),
+    "qwen3-w64": ("qwen3", 64, 0.02),
+    "qwen3-w96": ("qwen3", 96, 0.02),
+    "qwen3-w128": ("qwen3", 128, 0.02),
+    "qwen3-w192": ("qwen3", 192, 0.02),
+    "llama-w96": ("llama", 96, 0.008),  # no norm on queries and keys: at 0.02, their products grow too large
 }
 STEPS = 6000
 END, USER, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -337,7 +337,7 @@ def row_losses(model, tokenizer, rows):
     return losses, weights[at], at.nonzero()[:, 0], sum(map(len, parts))
 
 
-def pretrain(name, config, tokenizer, held_out, log):
+def pretrain(name, config, lr, tokenizer, held_out, log):
     torch.manual_seed(0)
     rng, model = random.Random(100), Decoder(config)
     matrices, others = [], []
@@ -349,7 +349,7 @@ def pretrain(name, config, tokenizer, held_out, log):
     parameters = sum(weight.numel() for weight in model.parameters())
     # Muon (github.com/KellerJordan/Muon) for the matrices, AdamW for the rest.
     optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.05, momentum=0.95),
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.05, momentum=0.95),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
@@ -397,13 +397,13 @@ def main():
     parser.add_argument("--only", choices=list(MODELS), help="make this model alone")
     args = parser.parse_args()
     held_out, tokenizer = write_problems(), make_tokenizer()
-    for name, (kind, width) in MODELS.items():
+    for name, (kind, width, lr) in MODELS.items():
         if args.only in (None, name):
             # save() copies the tokenizer files from a folder other than the one it writes.
             folder, source = HERE / name, HERE / f"{name}.source"
             config = write_folder(source, kind, width, tokenizer)
             with open(HERE / f"{name}.losses.jsonl", "w", encoding="utf-8") as log:
-                model = pretrain(name, config, tokenizer, held_out, log)
+                model = pretrain(name, config, lr, tokenizer, held_out, log)
             shutil.rmtree(folder, ignore_errors=True)
             save(model.to(torch.bfloat16), folder, source)
             shutil.rmtree(source)
