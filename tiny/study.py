@@ -7,7 +7,8 @@
 A claim is a list of rows, and a row is a model measured on held-out problems with three seeds: candidates
 (sample.py), their refinements (refine.py), and before that, where the model is a trained one, its training
 (train.py, once for each seed) on rows that are made once, with seed 0. evaluate.py makes one report of each claim.
-Files are named after what they are, under runs/study, and what is there is not made again; study.md has the tables.
+Files are named after what they are, under runs/study, and what is there is not made again; study.md has the tables,
+claims.png and losses.png are its figures.
 Claim 0 is none of the paper's: it chooses the weight of refinement in training, on problems of its own.
 """
 
@@ -195,6 +196,30 @@ def table(claim):
     return "\n\n".join([text, *(correlations(found["scaling"]) if claim == 2 else [])])
 
 
+def draw_gaps(claims, out):
+    """The gap of every row of these claims, with its interval."""
+    from matplotlib.figure import Figure
+
+    sizes = [len(CLAIMS[claim][1]) for claim in claims]
+    fig = Figure(figsize=(10, 1.2 + 0.26 * sum(sizes) + 0.5 * len(claims)), layout="constrained")
+    axes = fig.subplots(len(claims), 1, sharex=True, squeeze=False, height_ratios=[size + 0.6 for size in sizes])[:, 0]
+    for axis, claim in zip(axes, claims):
+        title, rows = CLAIMS[claim]
+        gaps = [row["gap"] for row in read_json(RUNS / f"claim{claim}" / "report.json")["rows"]]
+        for y, gap in enumerate(gaps):
+            low, high = gap["ci95"]
+            color = "tab:red" if high < 0 else "tab:green" if low > 0 else "0.5"
+            axis.plot([100 * low, 100 * high], [y, y], color=color, linewidth=2)
+            axis.plot(100 * gap["points"], y, "o", color=color, markersize=5)
+        axis.axvline(0, color="0.3", linewidth=0.8)
+        axis.set_yticks(range(len(rows)), list(rows))
+        axis.set_ylim(len(rows) - 0.4, -0.6)
+        axis.set_title(f"{claim}. {title}", fontsize=10, loc="left")
+        axis.grid(axis="x", color="0.92")
+    axes[-1].set_xlabel("Refinement Gap: refined minus majority vote (points, 95% interval)")
+    fig.savefig(out, dpi=110)
+
+
 def draw_losses(out):
     """The models' pre-training: the loss of each kind of text against tokens."""
     from matplotlib.figure import Figure
@@ -232,7 +257,9 @@ def main():
     for claim in args.claims:
         files = {name: [commands_of(row, seed)[-1][-1] for seed in row.seeds] for name, row in CLAIMS[claim][1].items()}
         report([f"{name}={','.join(paths)}" for name, paths in files.items()], RUNS / f"claim{claim}", 5.0)
-    text = "\n\n".join(table(claim) for claim in CLAIMS if (RUNS / f"claim{claim}" / "report.json").exists())
+    made = [claim for claim in CLAIMS if (RUNS / f"claim{claim}" / "report.json").exists()]
+    text = "\n\n".join(map(table, made))
+    draw_gaps(made, RUNS / "claims.png")
     draw_losses(RUNS / "losses.png")
     (RUNS / "study.md").write_text(f"# The claims on the tiny world\n\n{text}\n", encoding="utf-8")
     print(text, f"\n{RUNS}/study.md, {(time.time() - started) / 60:.0f} minutes")
