@@ -88,8 +88,8 @@ CLAIMS = {  # number -> title, {name: Row}
         "Ablations",
         {
             **{how: Row(STUDENT, how) for how in TRAINED},
-            "joint, N = 2": Row(STUDENT, "joint", n=2),
-            "joint, N = 8": Row(STUDENT, "joint", n=8),
+            "joint, 2 candidates": Row(STUDENT, "joint", n=2),
+            "joint, 8 candidates": Row(STUDENT, "joint", n=8),
             "joint, temperature 0.6": Row(STUDENT, "joint", temperature=0.6),
         },
     ),
