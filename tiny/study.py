@@ -49,6 +49,7 @@ class Row(NamedTuple):
     model: str
     how: str | None = None  # of TRAINED, or untrained
     data: str = "test"
+    given: bool = False  # the untrained model's candidates to refine, instead of its own
     n: int = 4
     temperature: float = 1
     weight: int = WEIGHT
@@ -80,8 +81,13 @@ CLAIMS = {  # number -> title, {name: Row}
     5: (
         "Out of domain: trained on sums, measured on differences",
         {
-            name: Row(STUDENT, how, data="differences")
-            for name, how in (("before", None), ("solve only", "solve only"), ("joint", "joint"))
+            "before": Row(STUDENT, data="differences"),
+            # Training on sums alone unlearns differences. Whether comparing carries over is seen with candidates of before.
+            **{how: Row(STUDENT, how, data="differences") for how in ("solve only", "joint")},
+            **{
+                f"{how}, candidates of before": Row(STUDENT, how, data="differences", given=True)
+                for how in ("solve only", "joint")
+            },
         },
     ),
     6: (
@@ -139,13 +145,16 @@ def commands_of(row, seed):
         flags += ["--steps", str(STEPS), "--lr", str(LR), "--seed", str(seed), "--out", trained]
         commands.append(["train.py", "--model", model, *flags])
         model = trained
-    stem = at / f"{row.data}-n{row.n}-t{row.temperature}-seed{seed}"
+    name = f"{row.data}-n{row.n}-t{row.temperature}-seed{seed}"
     drawn = ["--seed", str(seed), "--temperature", str(row.temperature), "--out"]
-    candidates, refined = f"{stem}.candidates.jsonl", f"{stem}.refined.jsonl"
-    data = ["--data", str(TINY / f"{row.data}.jsonl"), "--n", str(row.n)]
-    commands.append(["sample.py", "--model", model, *data, *drawn, candidates])
-    commands.append(["refine.py", "--model", model, "--candidates", candidates, *drawn, refined])
-    return commands
+    if row.given:
+        sampled = commands_of(row._replace(how=None, given=False), seed)[0]
+        name = f"given-{name}"
+    else:
+        data = ["--data", str(TINY / f"{row.data}.jsonl"), "--n", str(row.n)]
+        sampled = ["sample.py", "--model", model, *data, *drawn, str(at / f"{name}.candidates.jsonl")]
+    refine = ["refine.py", "--model", model, "--candidates", sampled[-1], *drawn, str(at / f"{name}.refined.jsonl")]
+    return [*commands, sampled, refine]
 
 
 LOCKS = collections.defaultdict(threading.Lock)  # one for each output
