@@ -82,7 +82,7 @@ CLAIMS = {  # number -> title, {name: Row}
         "Out of domain: trained on sums, measured on differences",
         {
             "before": Row(STUDENT, data="differences"),
-            # Training on sums alone unlearns differences. Whether comparing carries over is seen with candidates of before.
+            # Training on sums alone unlearns to subtract; whether comparing carries over shows on candidates of before.
             **{how: Row(STUDENT, how, data="differences") for how in ("solve only", "joint")},
             **{
                 f"{how}, candidates of before": Row(STUDENT, how, data="differences", given=True)
