@@ -48,7 +48,7 @@ def test_readme_commands_run(data, tmp_path, monkeypatch):  # noqa: F811
         (tmp_path / name).write_bytes(open(path, "rb").read())
     ran = 0
     for command in COMMANDS:
-        if command[0] == "make":  # CI runs these
+        if command[0] == "make":  # CI runs these, and test_tiny.py the study, made small
             assert f"\n{command[1]}:" in (ROOT / "Makefile").read_text()
         elif command[0] == ".venv/bin/torchrun":  # tests/test_stages.py starts several; here, what each is given
             script = command[command.index("--") + 1 :]

@@ -40,6 +40,7 @@ def claimed():
     found = {}
     for line in (TINY / "README.md").read_text(encoding="utf-8").splitlines():
         name, _, numbers = line.removeprefix("| ").partition(" | ")
+        name = name.removesuffix(", before")
         if name in MODELS and "%" in numbers:
             pass_1, _, maj, _, refined = map(float, re.findall(r"([\d.]+)%", numbers))
             found[name] = {"pass@1": pass_1, "maj@4": maj, "refined": refined}
