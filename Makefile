@@ -1,6 +1,6 @@
 # make setup   a virtual environment in .venv with the pinned requirements
 # make demo    the whole method on the built-in tiny model, in minutes on a CPU
-# make study   the paper's claims on the built-in tiny models, on three seeds; stopped, it goes on
+# make study   the paper's claims on the built-in tiny models, on three seeds, in about an hour; stopped, it goes on
 # make test    the tests
 # make bench   the sampler beside other engines, training beside other loops; GSR_REAL_MODEL is the folder of
 #              SmolLM2-135M-Instruct, and GSR_PROBLEMS has svamp.jsonl

@@ -212,7 +212,7 @@ def draw_gaps(claims, out):
     from matplotlib.figure import Figure
 
     sizes = [len(CLAIMS[claim][1]) for claim in claims]
-    fig = Figure(figsize=(10, 1.2 + 0.26 * sum(sizes) + 0.5 * len(claims)), layout="constrained")
+    fig = Figure(figsize=(10, 1 + 0.2 * sum(sizes) + 0.4 * len(claims)), layout="constrained")
     axes = fig.subplots(len(claims), 1, sharex=True, squeeze=False, height_ratios=[size + 0.6 for size in sizes])[:, 0]
     for axis, claim in zip(axes, claims):
         title, rows = CLAIMS[claim]
