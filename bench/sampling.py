@@ -197,7 +197,8 @@ def llama(args):
 def vllm(args):
     import vllm
 
-    engine = vllm.LLM(args.model, dtype="float32", skip_tokenizer_init=True, max_model_len=2048, disable_log_stats=True)
+    options = {"dtype": "float32", "max_model_len": 2048, "gpu_memory_utilization": 0.5}  # of a CPU's memory too
+    engine = vllm.LLM(args.model, skip_tokenizer_init=True, disable_log_stats=True, **options)
 
     def run(prompts, n, new_tokens):
         params = vllm.SamplingParams(
@@ -215,7 +216,8 @@ ENGINES = {"ours": ours, "transformers": transformers, "llama.cpp 4-bit": llama,
 
 def work(args):
     """The process of one engine: a line of work in, a line of results out, until there is no more."""
-    results, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints goes elsewhere
+    results = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library or its processes print goes elsewhere
     run = ENGINES[args.engine](args)
     print("{}", file=results, flush=True)
     for line in sys.stdin:
