@@ -195,10 +195,10 @@ def table(claim):
     head = ["", "pass@1", "pass@N", "maj@N", "likeliest", "refined", "**gap [95%]**", "s.e. of seeds"]
     head += ["gap at equal tokens", "all wrong, rescued"]
     lines = [head]
-    for name, row in zip(rows, found["rows"]):
+    for row in found["rows"]:
         gap, cost, (rescued, wrong) = row["gap"], row["equal_cost"]["generated"], row["rescued"]["all_wrong"]
         methods = [row["methods"][method] for method in ("pass@1", "pass@N", "maj@N", "logprob", "refined")]
-        line = [name, *(f"{method['accuracy']:.1%}" for method in methods), f"**{gap_of(gap)}**"]
+        line = [row["name"], *(f"{method['accuracy']:.1%}" for method in methods), f"**{gap_of(gap)}**"]
         line += ["-" if gap["seed_se"] is None else f"{100 * gap['seed_se']:.1f}"]
         line += ["~" * cost["extrapolated"] + gap_of(cost) if "maj" in cost else "-", f"{rescued} of {wrong}"]
         lines.append(line)
@@ -211,21 +211,20 @@ def draw_gaps(claims, out):
     """The gap of every row of these claims, with its interval."""
     from matplotlib.figure import Figure
 
-    sizes = [len(CLAIMS[claim][1]) for claim in claims]
+    reports = [read_json(RUNS / f"claim{claim}" / "report.json")["rows"] for claim in claims]
+    sizes = [len(rows) for rows in reports]
     fig = Figure(figsize=(10, 1 + 0.2 * sum(sizes) + 0.4 * len(claims)), layout="constrained")
     axes = fig.subplots(len(claims), 1, sharex=True, squeeze=False, height_ratios=[size + 0.6 for size in sizes])[:, 0]
-    for axis, claim in zip(axes, claims):
-        title, rows = CLAIMS[claim]
-        gaps = [row["gap"] for row in read_json(RUNS / f"claim{claim}" / "report.json")["rows"]]
-        for y, gap in enumerate(gaps):
+    for axis, claim, rows in zip(axes, claims, reports):
+        for y, gap in enumerate(row["gap"] for row in rows):
             low, high = gap["ci95"]
             color = "tab:red" if high < 0 else "tab:green" if low > 0 else "0.5"
             axis.plot([100 * low, 100 * high], [y, y], color=color, linewidth=2)
             axis.plot(100 * gap["points"], y, "o", color=color, markersize=5)
         axis.axvline(0, color="0.3", linewidth=0.8)
-        axis.set_yticks(range(len(rows)), list(rows))
+        axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
         axis.set_ylim(len(rows) - 0.4, -0.6)
-        axis.set_title(f"{claim}. {title}", fontsize=10, loc="left")
+        axis.set_title(f"{claim}. {CLAIMS[claim][0]}", fontsize=10, loc="left")
         axis.grid(axis="x", color="0.92")
     axes[-1].set_xlabel("Refinement Gap: refined minus majority vote (points, 95% interval)")
     fig.savefig(out, dpi=110)
