@@ -829,6 +829,15 @@ class PagedCache:
             self.users[page] += 1
         return pages[:-1] + own
 
+    def settle(self, pages):
+        """The pages that samples share, when all are written: from now on one block, with each head's positions in a row.
+
+        The rows' attention reads a whole block, so that it need not put the pages together at every step.
+        """
+        for x in () if self.varlen else (self.k.transpose(2, 3), self.v.transpose(2, 3)):  # [L, pages, K, page, D]
+            block = x[:, pages]  # [L, W, K, page, D]
+            x[:, pages] = block.transpose(1, 2).reshape(block.shape)
+
     def plan(self, sequences, n_rows):
         """Fix where the next step's tokens go and what they see -> their positions [T].
 
@@ -894,9 +903,9 @@ class PagedCache:
         reader, start = np.full(len(self.users), B), np.zeros(len(self.users), dtype=np.int64)  # row B is nobody
         reader[table[row, column]], start[table[row, column]] = row, column * self.page
         [own] = (reader < B).nonzero()
-        if 2 * len(own) > own[-1] + 1 - own[0]:  # read in place, with a few that nobody reads
-            own = slice(own[0], own[-1] + 1)
-        blocks = [(own, reader[own][:, None], start[own])]
+        if 2 * len(own) > own[-1] + 1 - own[0]:  # read all between them too, which nobody reads: then it is one slice
+            own = np.arange(own[0], own[-1] + 1)
+        blocks = [(own[:, None], reader[own][:, None], start[own])]
         prompts = {}  # number of shared pages -> the first of them -> the rows that read them
         for row, (count, first) in enumerate(zip(shared.sum(1).tolist(), table[:, 0].tolist())):
             prompts.setdefault(count, {}).setdefault(first, []).append(row)
@@ -908,12 +917,11 @@ class PagedCache:
         parts, last = [], F.pad(self.positions[:B], (0, 1), value=-1)  # [B + 1]
         for pages, readers, start in blocks:
             readers, start = (torch.from_numpy(x).to(self.device) for x in (readers, start))
-            if isinstance(pages, slice):
-                where, width = slice(pages.start * K, pages.stop * K), 1
+            width, pages = pages.shape[1], pages.flatten()
+            if (np.diff(pages) == 1).all():
+                where = slice(pages[0] * K, (pages[-1] + 1) * K)
             else:
-                pages = pages.reshape(len(readers), 1, -1)  # [P, 1, W]
-                where = torch.from_numpy((pages * K + np.arange(K)[:, None]).flatten()).to(self.device)  # [P * K * W]
-                width = pages.shape[2]
+                where = torch.from_numpy((pages[:, None] * K + np.arange(K)).flatten()).to(self.device)  # [P * W * K]
             at, biases = start[:, None] + torch.arange(width * self.page, device=self.device), {}  # [P, W * page]
             for window in self.windows:
                 seen = sees(last[readers if window else readers[:, :1]], at, window)  # without one, all see the same
@@ -1014,6 +1022,7 @@ class Prompt:
     ids: list
     rows: list  # the samples not yet started
     pages: list = field(default_factory=list)
+    shared: list = field(default_factory=list)  # those of the pages that are still to become one block
     done: int = 0  # tokens read, those that all prompts begin with included
 
 
@@ -1114,7 +1123,8 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
             if going and (going >= batch_size or not room):
                 break
             whole = need - 1 if len(prompt.rows) > 1 else 0  # pages that its samples will share
-            prompt.pages, prompt.done = cache.take(whole, shared=True) + cache.take(need - whole), len(common)
+            prompt.shared = cache.take(whole, shared=True)
+            prompt.pages, prompt.done = prompt.shared + cache.take(need - whole), len(common)
             cache.copy(prefix, prompt.pages)
             reading.append(waiting.popleft())
 
@@ -1122,6 +1132,9 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
         #    read first. Whenever no sample is going on, the reserve of 1. has left a page for the next.
         while reading and reading[0].done == len(reading[0].ids) - 1 and len(rows) < batch_size and cache.free:
             prompt = reading[0]
+            if prompt.shared:
+                cache.settle(prompt.shared)
+                prompt.shared = []
             row = prompt.rows.pop(0)
             row.uniforms = uniforms(row.key, row.limit)
             row.pages = cache.fork(prompt.pages) if prompt.rows else prompt.pages
