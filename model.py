@@ -290,7 +290,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate, up = project(x, self.gate_proj, self.up_proj)  # [..., F] each
-        [y] = project(F.silu(gate) * up, self.down_proj)  # [..., F] -> [..., C]
+        [y] = project(F.silu(gate).mul_(up), self.down_proj)  # [..., F] -> [..., C]
         return y
 
 
@@ -853,7 +853,9 @@ class PagedCache:
         arrays = (torch.from_numpy(x).to(self.device) for x in (table, owner, ends, positions))
         self.place(*arrays, max(counts))
         if not self.varlen:
-            self.n_rows, self.parts = n_rows, self.plan_rows(table[:n_rows]) if n_rows else []
+            self.n_rows = n_rows
+            if n_rows:
+                self.parts, self.reader = self.plan_rows(table[:n_rows])
             self.stretches = [self.plan_stretch(*x, end) for x, end in zip(sequences[n_rows:], ends[n_rows + 1 :])]
         return self.positions
 
@@ -882,7 +884,7 @@ class PagedCache:
             its = q[place].transpose(0, 1)[None]  # [1, H, n, D]
             its = F.scaled_dot_product_attention(its, k, v, attn_mask=masks[window], enable_gqa=True)
             y.append(its[0].transpose(0, 1))
-        return torch.cat(y)
+        return y[0] if len(y) == 1 else torch.cat(y)
 
     def plan_stretch(self, pages, first, n, end):
         """n tokens of a prompt, the last before token `end` of the step: these, the pages that they see, and masks."""
@@ -896,7 +898,8 @@ class PagedCache:
 
         A row's own pages are blocks of one page with one reader; those that the samples of a prompt share are one
         block, which all of them read. Returns parts, each of P blocks of W pages: (where the blocks' pages are, their
-        readers [P, n], for each window the bias of the scores [P, 1, n * G or 1, W * page]).
+        readers [P, n], for each window the bias of the scores [P, 1, n * G or 1, W * page]); and the readers of all
+        parts one after another, where row B is nobody.
         """
         B, K, shared = len(table), self.k.shape[3], self.shared[table]
         row, column = ((table > 0) & ~shared).nonzero()
@@ -914,7 +917,7 @@ class PagedCache:
             readers = np.array([rows + [B] * (n - len(rows)) for rows in prompts[count].values()])  # [P, n]
             blocks.append((table[readers[:, 0], :count], readers, np.zeros(len(readers), dtype=np.int64)))
 
-        parts, last = [], F.pad(self.positions[:B], (0, 1), value=-1)  # [B + 1]
+        parts, everyone, last = [], [], F.pad(self.positions[:B], (0, 1), value=-1)  # [B + 1]
         for pages, readers, start in blocks:
             readers, start = (torch.from_numpy(x).to(self.device) for x in (readers, start))
             width, pages = pages.shape[1], pages.flatten()
@@ -928,8 +931,9 @@ class PagedCache:
                 # Not -inf: a row that sees nothing of a block is to get any finite result, which counts for nothing.
                 bias = torch.where(seen, 0.0, -1e30)  # [P, n or 1, W * page]
                 biases[window] = bias.repeat_interleave(self.groups if window else 1, 1)[:, None]
-            parts.append((where, readers, biases))
-        return parts
+            parts.append((where, readers.clamp(max=B - 1), biases))
+            everyone.append(readers.flatten())
+        return parts, torch.cat(everyone)
 
     def attend_rows(self, q, keys, values, window):
         """One token a row, q [B, H, D], attends to the row's pages, of keys and values [pages, K, page, D].
@@ -938,7 +942,7 @@ class PagedCache:
         that read it. What a row gets from each of its blocks then counts by that block's share of its softmax.
         """
         (B, _, D), K = q.shape, keys.shape[1]
-        q, found = F.pad(q, (0, 0, 0, 0, 0, 1)).unflatten(1, (K, -1)), []  # [B + 1, K, G, D]
+        q, found = q.unflatten(1, (K, -1)), []  # [B, K, G, D]
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)  # [pages * K, page, D]
         for where, readers, biases in self.parts:
             (P, n), in_place = readers.shape, isinstance(where, slice)
@@ -946,13 +950,14 @@ class PagedCache:
             k, v = (x[where] if in_place else x.index_select(0, where) for x in (keys, values))
             k, v = k.view(P, K, -1, D), v.view(P, K, -1, D)  # [P, K, W * page, D]
             block = attend_block(its, k, v, biases[window])  # [P, K, n * G, D], [P, K, n * G]
-            found.append([readers.flatten(), *(x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1) for x in block)])
-        reader, y, lse = (torch.cat(x) for x in zip(*found))  # [N], [N, K, G, D], [N, K, G], of all parts
-        top = lse.new_full(q.shape[:3], -math.inf)  # [B + 1, K, G]
+            found.append([x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1) for x in block])
+        y, lse = found[0] if len(found) == 1 else map(torch.cat, zip(*found))  # [N, K, G, D], [N, K, G], of all parts
+        reader = self.reader  # [N]
+        top = lse.new_full((B + 1, *lse.shape[1:]), -math.inf)  # [B + 1, K, G]
         top.scatter_reduce_(0, reader[:, None, None].expand_as(lse), lse, "amax")
         share = (lse - top[reader]).exp_()
         total = torch.zeros_like(top).index_add_(0, reader, share)
-        out = lse.new_zeros(q.shape).index_add_(0, reader, share[..., None] * y)
+        out = lse.new_zeros(B + 1, *y.shape[1:]).index_add_(0, reader, share[..., None] * y)  # [B + 1, K, G, D]
         return (out / total[..., None])[:B].flatten(1, 2).to(q.dtype)
 
 
