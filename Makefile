@@ -3,7 +3,7 @@
 # make study   the paper's claims on the built-in tiny models, on three seeds, in about an hour; stopped, it goes on
 # make test    the tests
 # make bench   the sampler beside other engines, training beside other loops; GSR_REAL_MODEL is the folder of
-#              SmolLM2-135M-Instruct, and GSR_PROBLEMS has svamp.jsonl
+#              SmolLM2-135M-Instruct, and GSR_PROBLEMS has svamp.jsonl; RIVALS="--llama ... --gguf ..." adds others
 PYTHON ?= python3
 PY := .venv/bin/python
 RUN := runs/tiny
@@ -38,5 +38,5 @@ test: .venv/installed-test
 	$(PY) -m pytest -q
 
 bench: .venv/installed-test
-	$(PY) bench/sampling.py
+	$(PY) bench/sampling.py $(RIVALS)
 	$(PY) bench/training.py
