@@ -1091,10 +1091,10 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
     longest = max(min(len(ids) + params.max_new_tokens, config.context) for ids in prompts)
     width = -(-longest // page)
     least = -(-len(common) // page) + width + 3
-    most = 0  # pages of a row, when the prompt's whole ones count for all of its samples together
+    most = 0  # pages of a row; it has those that samples share with three others, as some of these stop earlier
     for ids, samples in zip(prompts, keys):
         pages = -(-min(len(ids) + params.max_new_tokens, config.context) // page)
-        most = max(most, pages - len(ids) // page * (1 - 1 / max(1, len(samples))))
+        most = max(most, pages - len(ids) // page * (1 - 4 / max(4, len(samples))))
     n_pages = min(int(budget / stats.page_bytes), int(batch_size * (most + 1)) + least)
     if n_pages < least:
         need = (least * stats.page_bytes + batch_size * step_bytes) / 2**30
