@@ -128,7 +128,7 @@ def transformers(args):
         mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
         counts = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0}
         started = time.perf_counter()
-        out = model.generate(ids, attention_mask=mask, **options, **counts)
+        out = model.generate(ids, attention_mask=mask, **options, **counts).cpu()
         assert out.shape[1] == longest + new_tokens
         return {"seconds": time.perf_counter() - started, "tokens": len(prompts) * new_tokens}
 
@@ -267,27 +267,43 @@ class Engine:
 # The measurements
 
 
-def ceiling(model, args):
-    """Tokens a second if all weights' products ran like one large product -> (that, GFLOP/s)."""
+def median_seconds(f, device):
     import torch
 
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     times = []
     for _ in range(9):
         started = time.perf_counter()
-        a @ b
+        f()
+        if device != "cpu":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    flops = 2 * 2048**3 / statistics.median(times[1:])
+    return statistics.median(times[1:])
+
+
+def ceiling(model, args, rows, positions):
+    """Tokens a second at best, for `rows` of so many positions each -> (that, GFLOP/s on a CPU or GB/s on a GPU)."""
+    import torch
+
     shape = SHAPES.get(model) or json.loads((Path(model) / "config.json").read_text())
-    C, F, heads = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
+    C, F, L = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
+    heads = shape["num_attention_heads"]
     K, D = shape["num_key_value_heads"], shape.get("head_dim") or C // heads
-    weights = shape["num_hidden_layers"] * (2 * C * heads * D + 2 * C * K * D + 3 * C * F) + shape["vocab_size"] * C
-    return flops / (2 * weights), flops / 1e9
+    weights = L * (2 * C * heads * D + 2 * C * K * D + 3 * C * F) + shape["vocab_size"] * C
+    if args.device == "cpu":
+        a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+        flops = 2 * 2048**3 / median_seconds(lambda: a @ b, "cpu")
+        return flops / (2 * weights), flops / 1e9
+    a, b = torch.zeros(2, 2**30, dtype=torch.uint8, device=args.device)
+    bandwidth = 2 * a.nbytes / median_seconds(lambda: b.copy_(a), args.device)
+    step = 2 * (weights + rows * positions * 2 * L * K * D)  # bytes in bfloat16
+    return rows * bandwidth / step, bandwidth / 1e9
 
 
 def speed(args, report):
     """Tokens a second of every engine on the same work."""
     works = [(args.model, 32, 64), ("qwen2.5-0.5b", 16, 64), ("qwen2.5-0.5b", 64, 64), ("qwen2.5-1.5b", 16, 32)]
+    if args.device != "cpu":
+        works = [("qwen2.5-1.5b", 256, 512)]
     print(f"{'tokens a second':42}{'median':>10}{'ratio':>8}{'of ceiling':>12}")
     for model, rows, new_tokens in works:
         if args.works and Path(model).name not in args.works:
@@ -297,10 +313,11 @@ def speed(args, report):
         names += ["llama.cpp 4-bit"] if real and args.llama and args.gguf else []
         names += ["vllm"] if real and args.vllm else []
         asked = {"prompts": chat_prompts(args, rows), "n": 1, "new_tokens": new_tokens}
+        positions = statistics.mean(map(len, asked["prompts"])) + new_tokens / 2
         engines = {name: Engine(name, args, model) for name in names}
         times, ceilings = {name: [] for name in names}, []
         for round in range(args.rounds + 1):
-            top, flops = ceiling(model, args)
+            top, measured = ceiling(model, args, rows, positions)
             ceilings.append(top)
             for name, engine in engines.items():
                 done = engine.run(**asked)
@@ -315,7 +332,24 @@ def speed(args, report):
             ratio = f"{rates['ours'] / rate:7.2f}x" if name != "ours" else ""
             print(f"{label:42}{rate:10.1f}{ratio:>8}{rate / top:12.2f}", flush=True)
         entry = {"model": Path(model).name, "rows": rows, "new_tokens": new_tokens, "ceiling": top, "rounds": times}
-        report["speed"].append({**entry, "tokens_per_second": rates, "matmul_gflops": flops})
+        report["speed"].append({**entry, "tokens_per_second": rates, "gflops_or_gbytes": measured})
+
+
+def graphs(args, report):
+    """On a GPU: few sequences, with decode steps recorded as CUDA graphs and without."""
+    if args.device == "cpu":
+        return
+    engine = Engine("ours", args, "qwen2.5-1.5b")
+    for rows in (1, 4, 16):
+        times = {True: [], False: []}
+        for _ in range(args.rounds + 1):
+            for replay in times:
+                done = engine.run(prompts=chat_prompts(args, rows), n=1, new_tokens=256, graphs=replay)
+                times[replay].append(done["seconds"])
+        eager, replayed = (statistics.median(times[replay][1:]) for replay in (False, True))  # the first one warms up
+        report["graphs"][rows] = eager / replayed
+        print(f"{rows:2} sequences x 256, graphs against eager: {eager / replayed:.2f}x  (>= 2)", flush=True)
+    engine.close()
 
 
 def properties(args, report):
@@ -366,6 +400,8 @@ def properties(args, report):
         print(f"4 prompts of {length:4} tokens x 4: {done['seconds']:6.2f} s", flush=True)
     engine.close()
 
+    if args.device != "cpu":  # what is counted below is the process's memory, not the GPU's
+        return
     engine = Engine("ours", args, args.model)
     engine.ask("memory")
     before = engine.ask("memory")["now"]
@@ -386,7 +422,7 @@ def main():
     problems = f"{here}/gsm8k.jsonl" if here else "gsm8k"
     parser.add_argument("--problems", default=problems, help="their prompts are used (default: gsm8k)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=["speed", "properties"])
+    parser.add_argument("--only", choices=["speed", "graphs", "properties"])
     parser.add_argument("--works", nargs="*", help="of the speeds, only these models")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -402,11 +438,13 @@ def main():
         sys.exit("error: give --model, the folder of SmolLM2-135M-Instruct, or set GSR_REAL_MODEL")
     import torch
 
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     machine = {"machine": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))}
     machine |= {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
-    report = {**machine, "date": time.strftime("%Y-%m-%d"), "speed": [], "properties": {}}
-    for part in (speed, properties):
+    report = {**machine, "date": time.strftime("%Y-%m-%d"), "speed": [], "graphs": {}, "properties": {}}
+    for part in (speed, graphs, properties):
         if args.only in (None, part.__name__):
             part(args, report)
             Path(f"{args.out}.json").write_text(json.dumps(report, indent=1) + "\n")
