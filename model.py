@@ -230,6 +230,12 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
+def project(x, *layers):
+    """x [..., C] -> the output of each linear layer. After `pack`, one product for all of them."""
+    packed = getattr(layers[0], "packed", None)
+    return [layer(x) for layer in layers] if packed is None else packed(x)
+
+
 def sees(query, key, window):
     """Which keys a query may look at, [..., n, S], by the positions of both, query [..., n] and key [..., S]."""
     back = query[..., :, None] - key[..., None, :]  # how far each looks back
@@ -263,16 +269,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def project(self, x):
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
-
     def forward(self, x, cos, sin, attend):
-        q, k, v = self.project(x)  # [..., H * D], [..., K * D] twice
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)  # [..., H * D], [..., K * D] twice
         q = self.q_norm(q.unflatten(-1, (-1, self.head_dim)))  # [..., H, D]
         k = self.k_norm(k.unflatten(-1, (-1, self.head_dim)))  # [..., K, D]
         v = v.unflatten(-1, (-1, self.head_dim))  # [..., K, D]
         y = attend(self, rotate(q, cos, sin), rotate(k, cos, sin), v)  # [..., H, D]
-        return self.o_proj(y.flatten(-2))  # [..., H * D] -> [..., C]
+        [y] = project(y.flatten(-2), self.o_proj)  # [..., H * D] -> [..., C]
+        return y
 
 
 class MLP(nn.Module):
@@ -285,7 +289,9 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.mlp_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # [..., C] -> [..., F] -> [..., C]
+        gate, up = project(x, self.gate_proj, self.up_proj)  # [..., F] each
+        [y] = project(F.silu(gate).mul_(up), self.down_proj)  # [..., F] -> [..., C]
+        return y
 
 
 class Block(nn.Module):
@@ -339,7 +345,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden):
         """hidden [..., C] -> logits [..., V]."""
-        return self.lm_head(hidden)
+        return project(hidden, self.lm_head)[0]
 
     def fingerprint(self, dtype=None):
         """A short hash that tells two sets of weights apart: of all norms and biases and the first embedding.
@@ -728,34 +734,29 @@ def sample_token(logits, u, params):
 def pack(model):
     """Make a float32 model on a CPU ready for sampling, in place. Elsewhere, or without the operator, do nothing.
 
-    The weights are laid out once as oneDNN likes them, and those of queries, keys and values become one matrix:
-    products of few rows then run two to four times as fast as F.linear, which lays the weights out anew at every
-    call. The plain weights are let go, so a packed model can sample and nothing else; a tied embedding stays beside
-    its copy.
+    The weights are laid out once as oneDNN likes them, and matrices with the same input become one: products of
+    few rows then run two to four times as fast as F.linear, which lays the weights out anew at every call. The
+    plain weights are let go, so a packed model can sample and nothing else; a tied embedding stays beside its copy.
     """
     weight, operators = model.lm_head.weight, torch.ops.mkldnn
     there = hasattr(operators, "_reorder_linear_weight") and hasattr(operators, "_linear_pointwise")
     if not (there and torch.backends.mkldnn.is_available() and weight.is_cpu and weight.dtype == torch.float32):
         return
 
-    def product(*layers):
+    def merge(*layers):
         weight = operators._reorder_linear_weight(torch.cat([layer.weight.detach() for layer in layers]), 64)
         bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
+        sizes = [layer.out_features for layer in layers]
         for layer in layers:
             layer.weight = None
-        return lambda x: operators._linear_pointwise(x, weight, bias, "none", [], "")
+        layers[0].packed = lambda x: operators._linear_pointwise(x, weight, bias, "none", [], "").split(sizes, -1)
 
-    def pack_attention(attention):
-        sizes = [layer.out_features for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        qkv = product(attention.q_proj, attention.k_proj, attention.v_proj)
-        attention.project = lambda x: qkv(x).split(sizes, -1)
-
-    single = [model.lm_head]
     for block in model.model.layers:
-        pack_attention(block.self_attn)
-        single += [block.self_attn.o_proj, block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj]
-    for layer in single:
-        layer.forward = product(layer)
+        merge(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+        merge(block.self_attn.o_proj)
+        merge(block.mlp.gate_proj, block.mlp.up_proj)
+        merge(block.mlp.down_proj)
+    merge(model.lm_head)
     # glibc gives blocks of 32 MB and more back to the system as soon as they are free, and the system clears
     # them when they are asked for again: with 64 rows of 152k logits that takes as long as the model itself.
     try:
@@ -829,9 +830,9 @@ class PagedCache:
         return pages[:-1] + own
 
     def settle(self, pages):
-        """Make the pages that samples share, now all written, one block in which each head's positions lie together.
+        """The pages that samples share, when all are written: from now on one block, with each head's positions in a row.
 
-        It is read as a whole from now on, and no step has to put its pages together first.
+        The rows' attention reads a whole block, so that it need not put the pages together at every step.
         """
         for x in () if self.varlen else (self.k.transpose(2, 3), self.v.transpose(2, 3)):  # [L, pages, K, page, D]
             block = x[:, pages]  # [L, W, K, page, D]
