@@ -290,7 +290,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate, up = project(x, self.gate_proj, self.up_proj)  # [..., F] each
-        [y] = project(F.silu(gate).mul_(up), self.down_proj)  # [..., F] -> [..., C]
+        [y] = project(F.silu(gate) * up, self.down_proj)  # [..., F] -> [..., C]
         return y
 
 
@@ -830,9 +830,9 @@ class PagedCache:
         return pages[:-1] + own
 
     def settle(self, pages):
-        """The pages that samples share, when all are written: from now on one block, with each head's positions in a row.
+        """Make the pages that samples share, now all written, one block in which each head's positions lie together.
 
-        The rows' attention reads a whole block, so that it need not put the pages together at every step.
+        It is read as a whole from now on, and no step has to put its pages together first.
         """
         for x in () if self.varlen else (self.k.transpose(2, 3), self.v.transpose(2, 3)):  # [L, pages, K, page, D]
             block = x[:, pages]  # [L, W, K, page, D]
