@@ -834,9 +834,11 @@ class PagedCache:
 
         It is read as a whole from now on, and no step has to put its pages together first.
         """
-        for x in () if self.varlen else (self.k.transpose(2, 3), self.v.transpose(2, 3)):  # [L, pages, K, page, D]
+        if self.varlen:
+            return  # flash attention reads page by page
+        for x in (self.k.transpose(2, 3), self.v.transpose(2, 3)):  # [L, pages, K, page, D]
             block = x[:, pages]  # [L, W, K, page, D]
-            x[:, pages] = block.transpose(1, 2).reshape(block.shape)
+            x[:, pages] = block.transpose(1, 2).reshape(block.shape)  # in the order of [L, K, W, page, D]
 
     def plan(self, sequences, n_rows):
         """Fix where the next step's tokens go and what they see -> their positions [T].
@@ -1089,13 +1091,15 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
     budget = memory if memory is not None else 0.85 * free_memory(device) - chunk_bytes
     batch_size = max(1, min(batch_size, sum(map(len, keys)), int(budget / 4 / step_bytes)))
     budget = max(0, budget - batch_size * step_bytes)
-    longest = max(min(len(ids) + params.max_new_tokens, config.context) for ids in prompts)
+    lengths = [min(len(ids) + params.max_new_tokens, config.context) for ids in prompts]
+    longest = max(lengths)
     width = -(-longest // page)
     least = -(-len(common) // page) + width + 3
-    most = 0  # pages of a row; it has those that samples share with three others, as some of these stop earlier
-    for ids, samples in zip(prompts, keys):
-        pages = -(-min(len(ids) + params.max_new_tokens, config.context) // page)
-        most = max(most, pages - len(ids) // page * (1 - 4 / max(4, len(samples))))
+    # A row's pages at most. Shared ones are divided by a quarter of the prompt's samples: the others may have stopped.
+    most = max(
+        -(-length // page) - len(ids) // page * (1 - 4 / max(4, len(samples)))
+        for length, ids, samples in zip(lengths, prompts, keys)
+    )
     n_pages = min(int(budget / stats.page_bytes), int(batch_size * (most + 1)) + least)
     if n_pages < least:
         need = (least * stats.page_bytes + batch_size * step_bytes) / 2**30
