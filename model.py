@@ -252,7 +252,7 @@ def attend_causal(attention, q, k, v):
     else:
         i = torch.arange(T, device=q.device)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees(i, i, window))
-    return y.transpose(1, 2)
+    return y.transpose(1, 2)  # [B, T, H, D]
 
 
 class Attention(nn.Module):
@@ -799,7 +799,7 @@ class PagedCache:
         shape = (L, n_pages, page, K, D) if self.varlen else (L, n_pages, K, page, D)
         self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         if not self.varlen:
-            self.k, self.v = self.k.transpose(2, 3), self.v.transpose(2, 3)
+            self.k, self.v = self.k.transpose(2, 3), self.v.transpose(2, 3)  # [L, pages, page, K, D] in either case
         self.free = list(range(1, n_pages))  # in order
         self.users = [0] * n_pages
         self.shared = np.zeros(n_pages, dtype=bool)
@@ -885,7 +885,7 @@ class PagedCache:
             k, v = (x[pages].transpose(0, 1).flatten(1, 2)[None] for x in (keys, values))  # [1, K, S, D]
             its = q[place].transpose(0, 1)[None]  # [1, H, n, D]
             its = F.scaled_dot_product_attention(its, k, v, attn_mask=masks[window], enable_gqa=True)
-            y.append(its[0].transpose(0, 1))
+            y.append(its[0].transpose(0, 1))  # [n, H, D]
         return y[0] if len(y) == 1 else torch.cat(y)
 
     def plan_stretch(self, pages, first, n, end):
@@ -922,7 +922,7 @@ class PagedCache:
         parts, everyone, last = [], [], F.pad(self.positions[:B], (0, 1), value=-1)  # [B + 1]
         for pages, readers, start in blocks:
             readers, start = (torch.from_numpy(x).to(self.device) for x in (readers, start))
-            width, pages = pages.shape[1], pages.flatten()
+            width, pages = pages.shape[1], pages.flatten()  # W, [P * W]
             if (np.diff(pages) == 1).all():
                 where = slice(pages[0] * K, (pages[-1] + 1) * K)
             else:
@@ -932,9 +932,10 @@ class PagedCache:
                 seen = sees(last[readers if window else readers[:, :1]], at, window)  # without one, all see the same
                 # Not -inf: a row that sees nothing of a block is to get any finite result, which counts for nothing.
                 bias = torch.where(seen, 0.0, -1e30)  # [P, n or 1, W * page]
+                # [P, 1, n * G or 1, W * page]
                 biases[window] = bias.repeat_interleave(self.groups if window else 1, 1)[:, None]
             parts.append((where, readers.clamp(max=B - 1), biases))
-            everyone.append(readers.flatten())
+            everyone.append(readers.flatten())  # [P * n]
         return parts, torch.cat(everyone)
 
     def attend_rows(self, q, keys, values, window):
@@ -952,6 +953,7 @@ class PagedCache:
             k, v = (x[where] if in_place else x.index_select(0, where) for x in (keys, values))
             k, v = k.view(P, K, -1, D), v.view(P, K, -1, D)  # [P, K, W * page, D]
             block = attend_block(its, k, v, biases[window])  # [P, K, n * G, D], [P, K, n * G]
+            # [P * n, K, G, D], [P * n, K, G]
             found.append([x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1) for x in block])
         y, lse = found[0] if len(found) == 1 else map(torch.cat, zip(*found))  # [N, K, G, D], [N, K, G], of all parts
         reader = self.reader  # [N]
@@ -960,7 +962,7 @@ class PagedCache:
         share = (lse - top[reader]).exp_()
         total = torch.zeros_like(top).index_add_(0, reader, share)
         out = lse.new_zeros(B + 1, *y.shape[1:]).index_add_(0, reader, share[..., None] * y)  # [B + 1, K, G, D]
-        return (out / total[..., None])[:B].flatten(1, 2).to(q.dtype)
+        return (out / total[..., None])[:B].flatten(1, 2).to(q.dtype)  # [B, H, D]
 
 
 def attend_block(q, k, v, bias):
