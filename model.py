@@ -50,6 +50,7 @@ import argparse
 import bisect
 import ctypes
 import difflib
+import functools
 import hashlib
 import inspect
 import json
@@ -795,11 +796,13 @@ class PagedCache:
         self.groups = config.n_heads // K
         self.varlen = use_varlen(device, dtype)
         # Memory that no page has used yet is asked for but not touched; a page is cleared when it is taken.
-        # The shape is that of flash attention. Elsewhere the positions of a head lie one after another in memory.
-        shape = (L, n_pages, page, K, D) if self.varlen else (L, n_pages, K, page, D)
-        self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-        if not self.varlen:
-            self.k, self.v = self.k.transpose(2, 3), self.v.transpose(2, 3)  # [L, pages, page, K, D] in either case
+        # The shape is that of flash attention. Elsewhere the memory of a page is, head by head, two matrices as the
+        # products of decoding like them: keys [D, page], values [page, D].
+        if self.varlen:
+            self.k, self.v = (torch.empty(L, n_pages, page, K, D, dtype=dtype, device=device) for _ in range(2))
+        else:
+            self.k = torch.empty(L, n_pages, K, D, page, dtype=dtype, device=device).permute(0, 1, 4, 2, 3)
+            self.v = torch.empty(L, n_pages, K, page, D, dtype=dtype, device=device).transpose(2, 3)
         self.free = list(range(1, n_pages))  # in order
         self.users = [0] * n_pages
         self.shared = np.zeros(n_pages, dtype=bool)
@@ -830,15 +833,16 @@ class PagedCache:
         return pages[:-1] + own
 
     def settle(self, pages):
-        """Make the pages that samples share, now all written, one block in which each head's positions lie together.
+        """Make the pages that samples share, now all written, one block: one matrix a head, as if it were one page.
 
         It is read as a whole from now on, and no step has to put its pages together first.
         """
         if self.varlen:
             return  # flash attention reads page by page
-        for x in (self.k.transpose(2, 3), self.v.transpose(2, 3)):  # [L, pages, K, page, D]
-            block = x[:, pages]  # [L, W, K, page, D]
-            x[:, pages] = block.transpose(1, 2).reshape(block.shape)  # in the order of [L, K, W, page, D]
+        keys, values = self.k.permute(0, 1, 3, 4, 2), self.v.transpose(2, 3)
+        k, v = keys[:, pages], values[:, pages]  # [L, W, K, D, page], [L, W, K, page, D]
+        keys[:, pages] = k.permute(0, 2, 3, 1, 4).reshape(k.shape)  # in the order of [L, K, D, W, page]
+        values[:, pages] = v.transpose(1, 2).reshape(v.shape)  # in the order of [L, K, W, page, D]
 
     def plan(self, sequences, n_rows):
         """Fix where the next step's tokens go and what they see -> their positions [T].
@@ -879,10 +883,11 @@ class PagedCache:
             span, look_back = self.width * self.page, (-1 if window is None else window - 1, 0)
             options = {"window_size": look_back, "seqused_k": self.used, "block_table": self.table, "enable_gqa": True}
             return varlen_attn(q, keys, values, self.ends, None, self.longest, span, **options)
-        keys, values = keys.transpose(1, 2), values.transpose(1, 2)  # [pages, K, page, D]
+        keys, values = keys.permute(0, 2, 3, 1), values.transpose(1, 2)  # [pages, K, D, page], [pages, K, page, D]
         y = [self.attend_rows(q[: self.n_rows], keys, values, window)] if self.n_rows else []
         for place, pages, masks in self.stretches:
-            k, v = (x[pages].transpose(0, 1).flatten(1, 2)[None] for x in (keys, values))  # [1, K, S, D]
+            k, v = keys.mT[pages], values[pages]  # [W, K, page, D]
+            k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (k, v))  # [1, K, S, D]
             its = q[place].transpose(0, 1)[None]  # [1, H, n, D]
             its = F.scaled_dot_product_attention(its, k, v, attn_mask=masks[window], enable_gqa=True)
             y.append(its[0].transpose(0, 1))  # [n, H, D]
@@ -939,19 +944,19 @@ class PagedCache:
         return parts, torch.cat(everyone)
 
     def attend_rows(self, q, keys, values, window):
-        """One token a row, q [B, H, D], attends to the row's pages, of keys and values [pages, K, page, D].
+        """One token a row, q [B, H, D], attends to its pages, of keys [pages, K, D, page], values [pages, K, page, D].
 
         Not row by row, but block by block of pages: each block is an entry of a batch, with the queries of all rows
         that read it. What a row gets from each of its blocks then counts by that block's share of its softmax.
         """
         (B, _, D), K = q.shape, keys.shape[1]
         q, found = q.unflatten(1, (K, -1)), []  # [B, K, G, D]
-        keys, values = keys.flatten(0, 1), values.flatten(0, 1)  # [pages * K, page, D]
+        keys, values = keys.flatten(0, 1), values.flatten(0, 1)  # [pages * K, D, page], [pages * K, page, D]
         for where, readers, biases in self.parts:
             (P, n), in_place = readers.shape, isinstance(where, slice)
             its = q[readers].transpose(1, 2).reshape(P, K, -1, D)  # [P, K, n * G, D]
             k, v = (x[where] if in_place else x.index_select(0, where) for x in (keys, values))
-            k, v = k.view(P, K, -1, D), v.view(P, K, -1, D)  # [P, K, W * page, D]
+            k, v = k.view(P, K, D, -1), v.view(P, K, -1, D)  # [P, K, D, W * page], [P, K, W * page, D]
             block = attend_block(its, k, v, biases[window])  # [P, K, n * G, D], [P, K, n * G]
             # [P * n, K, G, D], [P * n, K, G]
             found.append([x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1) for x in block])
@@ -966,12 +971,32 @@ class PagedCache:
 
 
 def attend_block(q, k, v, bias):
-    """q [P, K, R, D] attends to k, v [P, K, S, D] -> the result [P, K, R, D], and its scores' log sum exp [P, K, R]."""
-    if q.is_cpu and q.shape[2] >= 16:  # with many queries, one kernel whose scores never leave the processor's cache
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
-    scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().mT + bias  # [P, K, R, S]
+    """q [P, K, R, D], k [P, K, D, S], v [P, K, S, D] -> what they attend to [P, K, R, D], and the scores' log sum exp
+    [P, K, R]."""
+    multiply = multiply_onednn if q.is_cpu and onednn_is_exact() else torch.matmul
+    scores = multiply(q.float() * q.shape[-1] ** -0.5, k.float()) + bias  # [P, K, R, S]
     weight = scores.softmax(-1)
-    return weight @ v.float(), scores.amax(-1) - weight.amax(-1).log()
+    return multiply(weight, v.float()), scores.amax(-1) - weight.amax(-1).log()
+
+
+def multiply_onednn(a, b):
+    """a @ b, batches of float32 matrices, in half the time that torch's first choice, MKL, takes for few rows.
+
+    Torch leaves such products to oneDNN only where they may be rounded to bfloat16.
+    """
+    setting = torch.backends.mkldnn.matmul
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    try:
+        return a @ b
+    finally:
+        setting.fp32_precision = before
+
+
+@functools.cache
+def onednn_is_exact():
+    """Whether oneDNN, allowed to round products to bfloat16, does not do so: only some processors (AMX) gain by it."""
+    a, b = torch.arange(2.0**16).sin().view(16, 64, 64), torch.arange(2.0**16).cos().view(16, 64, 64)
+    return all((multiply_onednn(x, b) - x.double() @ b.double()).abs().max() < 1e-3 for x in (a[:, :4], a))
 
 
 def use_varlen(device, dtype):
