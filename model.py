@@ -862,7 +862,8 @@ class PagedCache:
             self.n_rows = n_rows
             if n_rows:
                 self.parts, self.reader = self.plan_rows(table[:n_rows])
-            self.stretches = [self.plan_stretch(*x, end) for x, end in zip(sequences[n_rows:], ends[n_rows + 1 :])]
+            stretches = zip(sequences[n_rows:], ends[n_rows + 1 :])
+            self.pieces = [piece for stretch, end in stretches for piece in self.plan_stretch(*stretch, end)]
         return self.positions
 
     def place(self, table, owner, ends, positions, longest):
@@ -872,7 +873,7 @@ class PagedCache:
         tokens of each end, after a 0; positions [T]; `longest`, the most tokens of a sequence.
         """
         self.table, self.ends, self.positions, self.longest = table, ends, positions, longest
-        self.page_of, self.slot = table[owner, positions // self.page], positions % self.page  # [T]
+        self.page_of, self.slot = table[owner, positions // self.page].long(), positions % self.page  # [T]
         self.used = (positions[ends[1:] - 1] + 1).int()  # [sequences]
 
     def attend(self, attention, q, k, v):
@@ -885,20 +886,27 @@ class PagedCache:
             return varlen_attn(q, keys, values, self.ends, None, self.longest, span, **options)
         keys, values = keys.permute(0, 2, 3, 1), values.transpose(1, 2)  # [pages, K, D, page], [pages, K, page, D]
         y = [self.attend_rows(q[: self.n_rows], keys, values, window)] if self.n_rows else []
-        for place, pages, masks in self.stretches:
-            k, v = keys.mT[pages], values[pages]  # [W, K, page, D]
-            k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (k, v))  # [1, K, S, D]
+        for place, pages, masks in self.pieces:
+            # [pages, K, page, D] -> [K, W, page, D] -> [1, K, S, D]
+            k, v = (x.transpose(0, 1)[:, pages].flatten(1, 2)[None] for x in (keys.mT, values))
             its = q[place].transpose(0, 1)[None]  # [1, H, n, D]
             its = F.scaled_dot_product_attention(its, k, v, attn_mask=masks[window], enable_gqa=True)
             y.append(its[0].transpose(0, 1))  # [n, H, D]
         return y[0] if len(y) == 1 else torch.cat(y)
 
     def plan_stretch(self, pages, first, n, end):
-        """n tokens of a prompt, the last before token `end` of the step: these, the pages that they see, and masks."""
-        place, pages = slice(end - n, end), pages[: -(-(first + n) // self.page)]
-        at = torch.arange(len(pages) * self.page, device=self.device)  # [S]
-        masks = {window: sees(self.positions[place], at, window) for window in self.windows}  # [n, S]
-        return place, torch.tensor(pages, device=self.device), masks
+        """n tokens of a prompt, the last before token `end` of the step, in pieces: each one's place, pages and masks.
+
+        Pieces, because none of them has to look at what comes after it, which is up to half of the work.
+        """
+        pieces = []
+        for begin in range(0, n, 256):
+            stop = min(begin + 256, n)
+            place, seen = slice(end - n + begin, end - n + stop), pages[: -(-(first + stop) // self.page)]
+            at = torch.arange(len(seen) * self.page, device=self.device)  # [S]
+            masks = {window: sees(self.positions[place], at, window) for window in self.windows}  # [n, S]
+            pieces.append((place, torch.tensor(seen, device=self.device), masks))
+        return pieces
 
     def plan_rows(self, table):
         """The blocks of pages that rows read, and who reads them; table [B, width].
@@ -971,8 +979,7 @@ class PagedCache:
 
 
 def attend_block(q, k, v, bias):
-    """q [P, K, R, D], k [P, K, D, S], v [P, K, S, D] -> what they attend to [P, K, R, D], and the scores' log sum exp
-    [P, K, R]."""
+    """q [P, K, R, D], k [P, K, D, S], v [P, K, S, D] -> the result, like q, and its scores' log sum exp [P, K, R]."""
     multiply = multiply_onednn if q.is_cpu and onednn_is_exact() else torch.matmul
     scores = multiply(q.float() * q.shape[-1] ** -0.5, k.float()) + bias  # [P, K, R, S]
     weight = scores.softmax(-1)
@@ -980,9 +987,9 @@ def attend_block(q, k, v, bias):
 
 
 def multiply_onednn(a, b):
-    """a @ b, batches of float32 matrices, in half the time that torch's first choice, MKL, takes for few rows.
+    """a @ b, batches of float32 matrices: with few rows in half the time of MKL, which torch takes by itself.
 
-    Torch leaves such products to oneDNN only where they may be rounded to bfloat16.
+    Torch leaves batches to oneDNN only where their products may be rounded to bfloat16.
     """
     setting = torch.backends.mkldnn.matmul
     before, setting.fp32_precision = setting.fp32_precision, "bf16"
@@ -994,7 +1001,7 @@ def multiply_onednn(a, b):
 
 @functools.cache
 def onednn_is_exact():
-    """Whether oneDNN, allowed to round products to bfloat16, does not do so: only some processors (AMX) gain by it."""
+    """Whether oneDNN keeps float32 where it may round to bfloat16. Only processors with AMX gain by that, so it is tried."""
     a, b = torch.arange(2.0**16).sin().view(16, 64, 64), torch.arange(2.0**16).cos().view(16, 64, 64)
     return all((multiply_onednn(x, b) - x.double() @ b.double()).abs().max() < 1e-3 for x in (a[:, :4], a))
 

@@ -252,6 +252,27 @@ def test_long_prompt_is_read_in_chunks_beside_the_others(tmp_path):
     assert same(results[:1], m.generate(model, [short], keys[:1], params, []))
 
 
+def test_onednn_multiplies_only_where_it_is_exact(random_model, monkeypatch):
+    """Guards against: attention rounded to bfloat16 where the processor can, a precision that stays set afterwards."""
+    precision = torch.backends.mkldnn.matmul
+    before = precision.fp32_precision
+    a, b = torch.randn(9, 5, 64), torch.randn(9, 64, 64)
+    if m.onednn_is_exact():
+        torch.testing.assert_close(m.multiply_onednn(a, b).double(), a.double() @ b.double(), atol=1e-4, rtol=0)
+    with pytest.raises(RuntimeError):
+        m.multiply_onednn(a, a)
+    assert precision.fp32_precision == before
+
+    model, _ = m.load(random_model)
+    keys = [[(0, 0, j) for j in range(6)], [(0, 1, 0)]]
+    work = [list(range(10, 200)), [7, 8]], keys, m.SamplingParams(max_new_tokens=40), []
+    samples = m.generate(model, *work)
+    monkeypatch.setattr(m, "multiply_onednn", lambda a, b: (a.bfloat16() @ b.bfloat16()).float())
+    assert not m.onednn_is_exact.__wrapped__()
+    monkeypatch.setattr(m, "onednn_is_exact", lambda: False)
+    assert same(samples, m.generate(model, *work))
+
+
 def paged_oracle(q, k, v, ends, _, longest, span, *, window_size, seqused_k, block_table, enable_gqa):
     """What torch's varlen_attn computes, token by token: q [T, H, D], k and v [pages, page, K, D]."""
     assert ends.dtype == block_table.dtype == seqused_k.dtype == torch.int32 and enable_gqa
