@@ -167,12 +167,13 @@ def same(results, others):
 
 
 def test_prompt_is_read_once_and_held_once_for_all_its_samples(random_model):
-    """Guards against: N copies of a prompt in the prefill, or in the cache."""
+    """Guards against: N copies of a prompt in the prefill, or in the cache; a shared page that is laid out wrongly."""
     model, _ = m.load(random_model)
     prompt, params = list(range(5, 205)), m.SamplingParams(max_new_tokens=8)
     peak = {}
     for n in (1, 2, 16):
-        _, stats = sampled(model, [prompt], [[(0, 0, j) for j in range(n)]], params)
+        [samples], stats = sampled(model, [prompt], [[(0, 0, j) for j in range(n)]], params)
+        assert samples[-1].ids == oracle(model, prompt, (0, 0, n - 1), params, [2, 3])[0]
         assert stats.prompt_tokens == 199  # the last token is what each of its samples begins with
         peak[n] = stats.peak_pages
     # 200 tokens are three whole pages of 64, shared, and one that each sample continues in a copy of its own.
