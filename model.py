@@ -758,10 +758,12 @@ def pack(model):
         merge(block.mlp.gate_proj, block.mlp.up_proj)
         merge(block.mlp.down_proj)
     merge(model.lm_head)
-    # glibc gives blocks of 32 MB and more back to the system as soon as they are free, and the system clears
-    # them when they are asked for again: with 64 rows of 152k logits that takes as long as the model itself.
+    # From here on glibc keeps what is freed (the plain weights go back before). It would give blocks of 32 MB and more
+    # to the system at once, which clears them when they are asked for again: with 64 rows of 152k logits that takes as
+    # long as the model itself.
     try:
         libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD, bytes
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, bytes
     except (OSError, AttributeError):
@@ -1202,9 +1204,10 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
                 waiting.appendleft(prompt)
                 stats.evicted += 1
 
-        # 4. One pass of the model: a token of each row, and up to a chunk of the prompts.
+        # 4. One pass of the model: a token of each row, and of the prompts what fills the chunk. Passes of equal size
+        #    find room in the memory that the last one left.
         sequences = [(row.pages, len(prompts[row.i]) + len(row.ids) - 1, 1) for row in rows]
-        ids, left = [(row.ids or prompts[row.i])[-1] for row in rows], chunk
+        ids, left = [(row.ids or prompts[row.i])[-1] for row in rows], max(chunk - len(rows), chunk // 2)
         for prompt in reading:
             n = min(left, len(prompt.ids) - 1 - prompt.done)
             if n:
@@ -1214,7 +1217,7 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
                 stats.prompt_tokens += n
         stats.peak_pages = max(stats.peak_pages, n_pages - 1 - len(cache.free))
         positions, ids, burst = cache.plan(sequences, len(rows)), torch.tensor(ids, device=device), 1
-        if recorded and left == chunk:
+        if recorded and len(sequences) == len(rows):
             burst, table = min(ahead, *(row.limit - len(row.ids) for row in rows)), cache.table
             logits = recorded.step(ids, positions, table)
         else:
