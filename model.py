@@ -983,7 +983,7 @@ class PagedCache:
 def attend_block(q, k, v, bias):
     """q [P, K, R, D], k [P, K, D, S], v [P, K, S, D] -> the result, like q, and its scores' log sum exp [P, K, R]."""
     multiply = multiply_onednn if q.is_cpu and onednn_is_exact() else torch.matmul
-    scores = multiply(q.float() * q.shape[-1] ** -0.5, k.float()) + bias  # [P, K, R, S]
+    scores = multiply(q.float() * q.shape[-1] ** -0.5, k.float()).add_(bias)  # [P, K, R, S]
     weight = scores.softmax(-1)
     return multiply(weight, v.float()), scores.amax(-1) - weight.amax(-1).log()
 
