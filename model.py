@@ -976,8 +976,8 @@ class PagedCache:
         top.scatter_reduce_(0, reader[:, None, None].expand_as(lse), lse, "amax")
         share = (lse - top[reader]).exp_()
         total = torch.zeros_like(top).index_add_(0, reader, share)
-        out = lse.new_zeros(B + 1, *y.shape[1:]).index_add_(0, reader, share[..., None] * y)  # [B + 1, K, G, D]
-        return (out / total[..., None])[:B].flatten(1, 2).to(q.dtype)  # [B, H, D]
+        out = lse.new_zeros(B + 1, *y.shape[1:]).index_add_(0, reader, y.mul_(share[..., None]))  # [B + 1, K, G, D]
+        return out.div_(total[..., None])[:B].flatten(1, 2).to(q.dtype)  # [B, H, D]
 
 
 def attend_block(q, k, v, bias):
