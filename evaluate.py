@@ -447,7 +447,7 @@ def class_sums(votes, weights):
     rows, width = len(votes), max(int(votes.max()), 0) + 1
     row, _ = cast = (votes >= 0).nonzero()
     sums = np.bincount(row * width + votes[cast], weights=weights[cast], minlength=rows * width)
-    return sums.reshape(rows, width)
+    return sums.reshape(rows, width)  # [R, classes]
 
 
 def vote(votes, weights=None):
@@ -474,7 +474,7 @@ def borda(certainty, power=0.5):
     Power 0 is the plain vote; 0.5 is the default of the paper's code. Equal certainties share their ranks.
     """
     below = (certainty[:, None, :] < certainty[:, :, None]).sum(2)  # [R, N]
-    same = (certainty[:, None, :] == certainty[:, :, None]).sum(2)
+    same = (certainty[:, None, :] == certainty[:, :, None]).sum(2)  # [R, N]
     return (below + (same + 1) / 2) ** power
 
 
@@ -523,7 +523,7 @@ def majority_at_k(votes):
                 drawn[:, 1:, j:] += tied
             credit = (drawn / np.arange(1, drawn.shape[1] + 1)[:, None]).sum(1)  # [R, n + 1]
             result[start + rows, j:] += ways[right[rows], j][:, None] * credit[:, : n + 1 - j]
-    return (result[:, 1:] / ways[n, 1:])[where.reshape(-1)]
+    return (result[:, 1:] / ways[n, 1:])[where.reshape(-1)]  # [R, N]
 
 
 def bootstrap(values, draws=10_000, seed=0):
@@ -538,7 +538,7 @@ def bootstrap(values, draws=10_000, seed=0):
         size = min(step, draws - start)
         index = rng.integers(0, problems, (size, problems), dtype=np.int32)
         index += np.arange(size, dtype=np.int32)[:, None] * problems
-        times = np.bincount(index.ravel(), minlength=size * problems).reshape(size, problems)
+        times = np.bincount(index.ravel(), minlength=size * problems).reshape(size, problems)  # [draws, P]
         means.append(times @ values / problems)
     return np.concatenate(means)
 
@@ -701,7 +701,7 @@ def grade_files(files, grader, what=None):
 
     number = np.array([classes(gold, answers, grader, more) for gold, answers, more in found], dtype=np.int16)
     parts = np.split(number, [len(found[0][1])], 1)  # [P, S * N], [P, S * K]
-    votes, refined = (part.reshape(P, S, -1).swapaxes(0, 1) for part in parts)
+    votes, refined = (part.reshape(P, S, -1).swapaxes(0, 1) for part in parts)  # [S, P, N], [S, P, K]
     names = [field.name for field in dataclasses.fields(Outcomes)[2:]]
     arrays = {name: np.array([[problems[i][name] for i in files[0]] for problems in files]) for name in names}
     return Outcomes(votes=votes, refined=refined, **arrays)
@@ -733,7 +733,7 @@ def methods_of(x):
         found["refmaj"] = vote(refined), candidates + refining
     found["union"] = vote(np.concatenate([votes, refined], 1)), candidates + refining
     found["pass@N"] = (votes == 0).any(1).astype(float), candidates
-    return {method: (credit.reshape(S, P), tokens) for method, (credit, tokens) in found.items()}
+    return {method: (credit.reshape(S, P), tokens) for method, (credit, tokens) in found.items()}  # [S * P] -> [S, P]
 
 
 def equal_cost(x, maj_at_k):
@@ -797,8 +797,8 @@ def report_row(name, x, metas):
     maj, refined = methods["maj@N"][0], methods["refined"][0]  # [S, P]
     right = (x.votes == 0).sum(2)  # [S, P]
     pass_at = pass_at_k(N, right.ravel())  # [S * P, N]
-    maj_at = majority_at_k(x.votes.reshape(S * P, N))
-    pool = x.votes.swapaxes(0, 1).reshape(P, S * N)  # the candidates of all seeds
+    maj_at = majority_at_k(x.votes.reshape(S * P, N))  # [S * P, N]
+    pool = x.votes.swapaxes(0, 1).reshape(P, S * N)  # [S, P, N] -> [P, S * N], the candidates of all seeds
     same_cost = equal_cost(x, maj_at if S == 1 else majority_at_k(pool))
 
     columns = {method: credit.mean(0) for method, (credit, _) in methods.items()}  # [P] each, over seeds
@@ -848,7 +848,7 @@ def report_row(name, x, metas):
         },
         "by_correct": [
             {"correct": c, "problems": int(at.sum()), "maj": mean(maj[at]), "refined": mean(refined[at])}
-            for c, at in enumerate(right == np.arange(N + 1)[:, None, None])
+            for c, at in enumerate(right == np.arange(N + 1)[:, None, None])  # [N + 1, S, P]
         ],
         "rescued": {
             "all_wrong": count(refined, right == 0),

@@ -798,13 +798,13 @@ class PagedCache:
         self.groups = config.n_heads // K
         self.varlen = use_varlen(device, dtype)
         # Memory that no page has used yet is asked for but not touched; a page is cleared when it is taken.
-        # The shape is that of flash attention. Elsewhere the memory of a page is, head by head, two matrices as the
-        # products of decoding like them: keys [D, page], values [page, D].
+        # k and v have the shape that flash attention reads. Elsewhere they are views of what products of matrices read.
         if self.varlen:
             self.k, self.v = (torch.empty(L, n_pages, page, K, D, dtype=dtype, device=device) for _ in range(2))
         else:
-            self.k = torch.empty(L, n_pages, K, D, page, dtype=dtype, device=device).permute(0, 1, 4, 2, 3)
-            self.v = torch.empty(L, n_pages, K, page, D, dtype=dtype, device=device).transpose(2, 3)
+            self.keys = torch.empty(L, n_pages, K, D, page, dtype=dtype, device=device)
+            self.values = torch.empty(L, n_pages, K, page, D, dtype=dtype, device=device)
+            self.k, self.v = self.keys.permute(0, 1, 4, 2, 3), self.values.transpose(2, 3)  # [L, pages, page, K, D]
         self.free = list(range(1, n_pages))  # in order
         self.users = [0] * n_pages
         self.shared = np.zeros(n_pages, dtype=bool)
@@ -841,10 +841,9 @@ class PagedCache:
         """
         if self.varlen:
             return  # flash attention reads page by page
-        keys, values = self.k.permute(0, 1, 3, 4, 2), self.v.transpose(2, 3)
-        k, v = keys[:, pages], values[:, pages]  # [L, W, K, D, page], [L, W, K, page, D]
-        keys[:, pages] = k.permute(0, 2, 3, 1, 4).reshape(k.shape)  # in the order of [L, K, D, W, page]
-        values[:, pages] = v.transpose(1, 2).reshape(v.shape)  # in the order of [L, K, W, page, D]
+        k, v = self.keys[:, pages], self.values[:, pages]  # [L, W, K, D, page], [L, W, K, page, D]
+        self.keys[:, pages] = k.permute(0, 2, 3, 1, 4).reshape(k.shape)  # in the order of [L, K, D, W, page]
+        self.values[:, pages] = v.transpose(1, 2).reshape(v.shape)  # in the order of [L, K, W, page, D]
 
     def plan(self, sequences, n_rows):
         """Fix where the next step's tokens go and what they see -> their positions [T].
@@ -880,13 +879,13 @@ class PagedCache:
 
     def attend(self, attention, q, k, v):
         """q [T, H, D], k and v [T, K, D] of one layer: written to the cache, then attended to -> [T, H, D]."""
-        keys, values, window = self.k[attention.layer], self.v[attention.layer], attention.window
-        keys[self.page_of, self.slot], values[self.page_of, self.slot] = k, v
+        layer, window = attention.layer, attention.window
+        self.k[layer][self.page_of, self.slot], self.v[layer][self.page_of, self.slot] = k, v
         if self.varlen:
             span, look_back = self.width * self.page, (-1 if window is None else window - 1, 0)
             options = {"window_size": look_back, "seqused_k": self.used, "block_table": self.table, "enable_gqa": True}
-            return varlen_attn(q, keys, values, self.ends, None, self.longest, span, **options)
-        keys, values = keys.permute(0, 2, 3, 1), values.transpose(1, 2)  # [pages, K, D, page], [pages, K, page, D]
+            return varlen_attn(q, self.k[layer], self.v[layer], self.ends, None, self.longest, span, **options)
+        keys, values = self.keys[layer], self.values[layer]  # [pages, K, D, page], [pages, K, page, D]
         y = [self.attend_rows(q[: self.n_rows], keys, values, window)] if self.n_rows else []
         for place, pages, masks in self.pieces:
             # [pages, K, page, D] -> [K, W, page, D] -> [1, K, S, D]
