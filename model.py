@@ -795,8 +795,8 @@ class PagedCache:
     def __init__(self, config, n_pages, page, width, dtype, device):
         L, K, D = config.n_layers, config.n_kv_heads, config.head_dim
         self.page, self.width, self.device, self.windows = page, width, device, set(config.windows)
-        self.groups = config.n_heads // K
-        self.varlen = use_varlen(device, dtype)
+        self.heads = config.n_heads
+        self.varlen, self.onednn = use_varlen(device, dtype), use_onednn(device)
         # Memory that no page has used yet is asked for but not touched; a page is cleared when it is taken.
         # k and v have the shape that flash attention reads. Elsewhere they are views of what products of matrices read.
         if self.varlen:
@@ -863,8 +863,7 @@ class PagedCache:
             self.n_rows = n_rows
             if n_rows:
                 self.parts, self.reader = self.plan_rows(table[:n_rows])
-            stretches = zip(sequences[n_rows:], ends[n_rows + 1 :])
-            self.pieces = [piece for stretch, end in stretches for piece in self.plan_stretch(*stretch, end)]
+            self.batches = self.plan_prompts(sequences[n_rows:], ends[n_rows:].tolist())
         return self.positions
 
     def place(self, table, owner, ends, positions, longest):
@@ -886,35 +885,60 @@ class PagedCache:
             options = {"window_size": look_back, "seqused_k": self.used, "block_table": self.table, "enable_gqa": True}
             return varlen_attn(q, self.k[layer], self.v[layer], self.ends, None, self.longest, span, **options)
         keys, values = self.keys[layer], self.values[layer]  # [pages, K, D, page], [pages, K, page, D]
-        y = [self.attend_rows(q[: self.n_rows], keys, values, window)] if self.n_rows else []
-        for place, pages, masks in self.pieces:
-            # [pages, K, page, D] -> [K, W, page, D] -> [1, K, S, D]
-            k, v = (x.transpose(0, 1)[:, pages].flatten(1, 2)[None] for x in (keys.mT, values))
-            its = q[place].transpose(0, 1)[None]  # [1, H, n, D]
-            its = F.scaled_dot_product_attention(its, k, v, attn_mask=masks[window], enable_gqa=True)
-            y.append(its[0].transpose(0, 1))  # [n, H, D]
-        return y[0] if len(y) == 1 else torch.cat(y)
+        q = q.unflatten(1, (keys.shape[1], -1))  # [T, K, G, D]
+        if not self.batches:
+            return self.attend_rows(q, keys, values, window).flatten(1, 2)  # [T, H, D]
+        y = torch.empty_like(q)
+        if self.n_rows:
+            y[: self.n_rows] = self.attend_rows(q[: self.n_rows], keys, values, window)
+        for tokens, pages, biases in self.batches:
+            its, bias = q[tokens], biases[window]  # [P, n, K, G, D], [P, n, S]
+            k = keys[pages].permute(0, 2, 3, 1, 4).flatten(3)  # [P, W, K, D, page] -> [P, K, D, S]
+            v = values[pages].transpose(1, 2).flatten(2, 3)  # [P, W, K, page, D] -> [P, K, S, D]
+            if self.onednn:
+                its, _ = attend_block(its, k, v, bias)
+            else:
+                its, bias = its.flatten(2, 3).transpose(1, 2), bias[:, None].to(q.dtype)  # [P, H, n, D], [P, 1, n, S]
+                its = F.scaled_dot_product_attention(its, k.mT, v, attn_mask=bias, enable_gqa=True)
+                its = its.transpose(1, 2).unflatten(2, q.shape[1:3])  # [P, n, K, G, D]
+            y[tokens] = its.to(q.dtype)
+        return y.flatten(1, 2)  # [T, H, D]
 
-    def plan_stretch(self, pages, first, n, end):
-        """n tokens of a prompt, the last before token `end` of the step, in pieces: each one's place, pages and masks.
+    def plan_prompts(self, stretches, ends):
+        """The tokens of prompts in pieces; `ends` [stretches + 1]: where those of each stretch end, after a 0.
 
-        Pieces, because none of them has to look at what comes after it, which is up to half of the work.
+        In pieces, because none has to look at what comes after it, which is up to half of the work; and pieces that
+        see as many pages in one batch, of as many scores as a processor's caches hold. Returns batches of P pieces of n
+        tokens: which tokens these are [P, n], their pages [P, W], for each window the bias of the scores [P, n, S].
         """
-        pieces = []
-        for begin in range(0, n, 256):
-            stop = min(begin + 256, n)
-            place, seen = slice(end - n + begin, end - n + stop), pages[: -(-(first + stop) // self.page)]
-            at = torch.arange(len(seen) * self.page, device=self.device)  # [S]
-            masks = {window: sees(self.positions[place], at, window) for window in self.windows}  # [n, S]
-            pieces.append((place, torch.tensor(seen, device=self.device), masks))
-        return pieces
+        pieces, groups, batches = [], [], []
+        for (pages, first, n), end in zip(stretches, ends[1:]):
+            size = max(16, min(128, 2**20 // (first + n))) if self.onednn else 256  # 4 MiB of scores a head at most
+            for start in range(0, n, size):
+                stop = min(start + size, n)
+                pieces.append((-(-(first + stop) // self.page), stop - start, end - n + start, pages))
+        for width, n, start, pages in sorted(pieces):
+            scores = n * width * self.page * self.heads  # of one piece
+            if not groups or groups[-1][0][0] != width or (len(groups[-1]) + 1) * scores > 2**21:
+                groups.append([])
+            groups[-1].append((width, n, start, pages))
+        for group in groups:
+            width, longest, _, _ = group[-1]
+            tokens = [[start + min(t, n - 1) for t in range(longest)] for _, n, start, _ in group]  # the last one again
+            pages = torch.tensor([pages[:width] for *_, pages in group], device=self.device)
+            at, biases = torch.arange(width * self.page, device=self.device), {}  # [S]
+            tokens = torch.tensor(tokens, device=self.device)  # [P, n]
+            for window in self.windows:
+                biases[window] = torch.where(sees(self.positions[tokens], at[None], window), 0.0, -1e30)  # [P, n, S]
+            batches.append((tokens, pages, biases))
+        return batches
 
     def plan_rows(self, table):
         """The blocks of pages that rows read, and who reads them; table [B, width].
 
         A row's own pages are blocks of one page with one reader; those that the samples of a prompt share are one
         block, which all of them read. Returns parts, each of P blocks of W pages: (where the blocks' pages are, their
-        readers [P, n], for each window the bias of the scores [P, 1, n * G or 1, W * page]); and the readers of all
+        readers [P, n], for each window the bias of the scores [P, n or 1, W * page]); and the readers of all
         parts one after another, where row B is nobody.
         """
         B, K, shared = len(table), self.k.shape[3], self.shared[table]
@@ -945,46 +969,49 @@ class PagedCache:
             for window in self.windows:
                 seen = sees(last[readers if window else readers[:, :1]], at, window)  # without one, all see the same
                 # Not -inf: a row that sees nothing of a block is to get any finite result, which counts for nothing.
-                bias = torch.where(seen, 0.0, -1e30)  # [P, n or 1, W * page]
-                # [P, 1, n * G or 1, W * page]
-                biases[window] = bias.repeat_interleave(self.groups if window else 1, 1)[:, None]
+                biases[window] = torch.where(seen, 0.0, -1e30)  # [P, n or 1, W * page]
             parts.append((where, readers.clamp(max=B - 1), biases))
             everyone.append(readers.flatten())  # [P * n]
         return parts, torch.cat(everyone)
 
     def attend_rows(self, q, keys, values, window):
-        """One token a row, q [B, H, D], attends to its pages, of keys [pages, K, D, page], values [pages, K, page, D].
+        """One token a row, q [B, K, G, D], attends to keys [pages, K, D, page] and values [pages, K, page, D].
 
         Not row by row, but block by block of pages: each block is an entry of a batch, with the queries of all rows
         that read it. What a row gets from each of its blocks then counts by that block's share of its softmax.
         """
-        (B, _, D), K = q.shape, keys.shape[1]
-        q, found = q.unflatten(1, (K, -1)), []  # [B, K, G, D]
+        (B, K, G, D), found = q.shape, []
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)  # [pages * K, D, page], [pages * K, page, D]
         for where, readers, biases in self.parts:
-            (P, n), in_place = readers.shape, isinstance(where, slice)
-            its = q[readers].transpose(1, 2).reshape(P, K, -1, D)  # [P, K, n * G, D]
+            P, in_place = len(readers), isinstance(where, slice)
             k, v = (x[where] if in_place else x.index_select(0, where) for x in (keys, values))
             k, v = k.view(P, K, D, -1), v.view(P, K, -1, D)  # [P, K, D, W * page], [P, K, W * page, D]
-            block = attend_block(its, k, v, biases[window])  # [P, K, n * G, D], [P, K, n * G]
-            # [P * n, K, G, D], [P * n, K, G]
-            found.append([x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1) for x in block])
+            its = q.index_select(0, readers.flatten()).unflatten(0, readers.shape)  # [P, n, K, G, D]
+            block = attend_block(its, k, v, biases[window])  # [P, n, K, G, D], [P, n, K, G]
+            found.append([x.flatten(0, 1) for x in block])  # [P * n, K, G, D], [P * n, K, G]
         y, lse = found[0] if len(found) == 1 else map(torch.cat, zip(*found))  # [N, K, G, D], [N, K, G], of all parts
         reader = self.reader  # [N]
-        top = lse.new_full((B + 1, *lse.shape[1:]), -math.inf)  # [B + 1, K, G]
+        top = lse.new_full((B + 1, K, G), -math.inf)
         top.scatter_reduce_(0, reader[:, None, None].expand_as(lse), lse, "amax")
         share = (lse - top[reader]).exp_()
         total = torch.zeros_like(top).index_add_(0, reader, share)
-        out = lse.new_zeros(B + 1, *y.shape[1:]).index_add_(0, reader, y.mul_(share[..., None]))  # [B + 1, K, G, D]
-        return out.div_(total[..., None])[:B].flatten(1, 2).to(q.dtype)  # [B, H, D]
+        out = lse.new_zeros(B + 1, K, G, D).index_add_(0, reader, y.mul_(share[..., None]))
+        return out.div_(total[..., None])[:B].to(q.dtype)  # [B, K, G, D]
 
 
 def attend_block(q, k, v, bias):
-    """q [P, K, R, D], k [P, K, D, S], v [P, K, S, D] -> the result, like q, and its scores' log sum exp [P, K, R]."""
-    multiply = multiply_onednn if q.is_cpu and onednn_is_exact() else torch.matmul
-    scores = multiply(q.float() * q.shape[-1] ** -0.5, k.float()).add_(bias)  # [P, K, R, S]
-    weight = scores.softmax(-1)
-    return multiply(weight, v.float()), scores.amax(-1) - weight.amax(-1).log()
+    """q [P, n, K, G, D], n tokens of each of P blocks, attend to its k [P, K, D, S] and v [P, K, S, D].
+
+    `bias` [P, n or 1, S] is added to the scores. Returns the results, like q, and the scores' log sum exp [P, n, K, G].
+    """
+    (P, n, K, G, D), S = q.shape, k.shape[-1]
+    multiply = multiply_onednn if use_onednn(q.device) else torch.matmul
+    q = q.permute(0, 2, 3, 1, 4).reshape(P, K, G * n, D)
+    scores = multiply(q.float() * D**-0.5, k.float()).view(P, K, G, n, S).add_(bias[:, None, None])
+    weight = scores.softmax(-1)  # [P, K, G, n, S]
+    lse = scores.amax(-1) - weight.amax(-1).log()  # [P, K, G, n]
+    y = multiply(weight.flatten(2, 3), v.float()).view(P, K, G, n, D)
+    return y.permute(0, 3, 1, 2, 4), lse.permute(0, 3, 1, 2)
 
 
 def multiply_onednn(a, b):
@@ -1001,10 +1028,11 @@ def multiply_onednn(a, b):
 
 
 @functools.cache
-def onednn_is_exact():
+def use_onednn(device):
     """Whether oneDNN keeps float32 where it may round to bfloat16, which only AMX makes worth it: found by trying."""
     a, b = torch.arange(2.0**16).sin().view(16, 64, 64), torch.arange(2.0**16).cos().view(16, 64, 64)
-    return all((multiply_onednn(x, b) - x.double() @ b.double()).abs().max() < 1e-3 for x in (a[:, :4], a))
+    differences = [(multiply_onednn(x, b) - x.double() @ b.double()).abs().max() for x in (a[:, :4], a)]
+    return device.type == "cpu" and max(differences).item() < 1e-3
 
 
 def use_varlen(device, dtype):

@@ -258,7 +258,7 @@ def test_onednn_multiplies_only_where_it_is_exact(random_model, monkeypatch):
     precision = torch.backends.mkldnn.matmul
     before = precision.fp32_precision
     a, b = torch.randn(9, 5, 64), torch.randn(9, 64, 64)
-    if m.onednn_is_exact():
+    if m.use_onednn(a.device):
         torch.testing.assert_close(m.multiply_onednn(a, b).double(), a.double() @ b.double(), atol=1e-4, rtol=0)
     with pytest.raises(RuntimeError):
         m.multiply_onednn(a, a)
@@ -269,8 +269,8 @@ def test_onednn_multiplies_only_where_it_is_exact(random_model, monkeypatch):
     work = [list(range(10, 200)), [7, 8]], keys, m.SamplingParams(max_new_tokens=40), []
     samples = m.generate(model, *work)
     monkeypatch.setattr(m, "multiply_onednn", lambda a, b: (a.bfloat16() @ b.bfloat16()).float())
-    assert not m.onednn_is_exact.__wrapped__()
-    monkeypatch.setattr(m, "onednn_is_exact", lambda: False)
+    assert not m.use_onednn.__wrapped__(a.device)
+    monkeypatch.setattr(m, "use_onednn", lambda device: False)
     assert same(samples, m.generate(model, *work))
 
 
