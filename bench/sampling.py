@@ -1,6 +1,6 @@
 """How fast model.py samples, beside other engines, on the machine at hand.
 
-    make bench                                                          all of it, 45 minutes on two cores
+    make bench                                                          all of it, half an hour on two cores
     python bench/sampling.py --model FOLDER --only speed --rounds 3     one part
     python bench/sampling.py --llama .venv-llama/bin/python --gguf smollm2.gguf --vllm .venv-vllm/bin/python
 
