@@ -243,6 +243,14 @@ def sees(query, key, window):
     return (back >= 0) if window is None else (back >= 0) & (back < window)
 
 
+def score_bias(query, key, window):
+    """The same as what is added to scores, [..., n, S]: 0, or what leaves a key no weight beside any that is seen.
+
+    Not -inf, because a query that sees none of some keys is still to get a finite result.
+    """
+    return torch.where(sees(query, key, window), 0.0, -1e30)
+
+
 def attend_causal(attention, q, k, v):
     """Whole sequences that attend to themselves: q [B, T, H, D], k and v [B, T, K, D] -> [B, T, H, D]."""
     T, groups, window = q.shape[1], q.shape[2] // k.shape[2], attention.window
@@ -863,7 +871,7 @@ class PagedCache:
             self.n_rows = n_rows
             if n_rows:
                 self.parts, self.reader = self.plan_rows(table[:n_rows])
-            self.batches = self.plan_prompts(sequences[n_rows:], ends[n_rows:].tolist())
+            self.batches = self.plan_prompts(sequences[n_rows:], ends[n_rows + 1 :].tolist())
         return self.positions
 
     def place(self, table, owner, ends, positions, longest):
@@ -905,18 +913,18 @@ class PagedCache:
         return y.flatten(1, 2)  # [T, H, D]
 
     def plan_prompts(self, stretches, ends):
-        """The tokens of prompts in pieces; `ends` [stretches + 1]: where those of each stretch end, after a 0.
+        """The tokens of prompts in pieces; `ends`: where those of each stretch end in the step.
 
         In pieces, because none has to look at what comes after it, which is up to half of the work; and pieces that
         see as many pages in one batch, of as many scores as a processor's caches hold. Returns batches of P pieces of n
         tokens: which tokens these are [P, n], their pages [P, W], for each window the bias of the scores [P, n, S].
         """
         pieces, groups, batches = [], [], []
-        for (pages, first, n), end in zip(stretches, ends[1:]):
+        for (pages, first, n), end in zip(stretches, ends):
             size = max(16, min(128, 2**20 // (first + n))) if self.onednn else 256  # 4 MiB of scores a head at most
-            for start in range(0, n, size):
-                stop = min(start + size, n)
-                pieces.append((-(-(first + stop) // self.page), stop - start, end - n + start, pages))
+            for begin in range(0, n, size):
+                stop = min(begin + size, n)
+                pieces.append((-(-(first + stop) // self.page), stop - begin, end - n + begin, pages))
         for width, n, start, pages in sorted(pieces):
             scores = n * width * self.page * self.heads  # of one piece
             if not groups or groups[-1][0][0] != width or (len(groups[-1]) + 1) * scores > 2**21:
@@ -929,7 +937,7 @@ class PagedCache:
             at, biases = torch.arange(width * self.page, device=self.device), {}  # [S]
             tokens = torch.tensor(tokens, device=self.device)  # [P, n]
             for window in self.windows:
-                biases[window] = torch.where(sees(self.positions[tokens], at[None], window), 0.0, -1e30)  # [P, n, S]
+                biases[window] = score_bias(self.positions[tokens], at[None], window)  # [P, n, S]
             batches.append((tokens, pages, biases))
         return batches
 
@@ -967,9 +975,8 @@ class PagedCache:
                 where = torch.from_numpy((pages[:, None] * K + np.arange(K)).flatten()).to(self.device)  # [P * W * K]
             at, biases = start[:, None] + torch.arange(width * self.page, device=self.device), {}  # [P, W * page]
             for window in self.windows:
-                seen = sees(last[readers if window else readers[:, :1]], at, window)  # without one, all see the same
-                # Not -inf: a row that sees nothing of a block is to get any finite result, which counts for nothing.
-                biases[window] = torch.where(seen, 0.0, -1e30)  # [P, n or 1, W * page]
+                those = readers if window else readers[:, :1]  # without a window all readers see the same
+                biases[window] = score_bias(last[those], at, window)  # [P, n or 1, W * page]
             parts.append((where, readers.clamp(max=B - 1), biases))
             everyone.append(readers.flatten())  # [P * n]
         return parts, torch.cat(everyone)
@@ -1006,12 +1013,12 @@ def attend_block(q, k, v, bias):
     """
     (P, n, K, G, D), S = q.shape, k.shape[-1]
     multiply = multiply_onednn if use_onednn(q.device) else torch.matmul
-    q = q.permute(0, 2, 3, 1, 4).reshape(P, K, G * n, D)
+    q = q.permute(0, 2, 3, 1, 4).reshape(P, K, G * n, D)  # a block's queries of a head, one matrix
     scores = multiply(q.float() * D**-0.5, k.float()).view(P, K, G, n, S).add_(bias[:, None, None])
     weight = scores.softmax(-1)  # [P, K, G, n, S]
     lse = scores.amax(-1) - weight.amax(-1).log()  # [P, K, G, n]
-    y = multiply(weight.flatten(2, 3), v.float()).view(P, K, G, n, D)
-    return y.permute(0, 3, 1, 2, 4), lse.permute(0, 3, 1, 2)
+    y = multiply(weight.flatten(2, 3), v.float()).view(P, K, G, n, D)  # weight as [P, K, G * n, S]
+    return y.permute(0, 3, 1, 2, 4), lse.permute(0, 3, 1, 2)  # [P, n, K, G, D], [P, n, K, G]
 
 
 def multiply_onednn(a, b):
@@ -1030,9 +1037,10 @@ def multiply_onednn(a, b):
 @functools.cache
 def use_onednn(device):
     """Whether oneDNN keeps float32 where it may round to bfloat16, which only AMX makes worth it: found by trying."""
+    if device.type != "cpu":
+        return False
     a, b = torch.arange(2.0**16).sin().view(16, 64, 64), torch.arange(2.0**16).cos().view(16, 64, 64)
-    differences = [(multiply_onednn(x, b) - x.double() @ b.double()).abs().max() for x in (a[:, :4], a)]
-    return device.type == "cpu" and max(differences).item() < 1e-3
+    return all((multiply_onednn(x, b) - x.double() @ b.double()).abs().max() < 1e-3 for x in (a[:, :4], a))
 
 
 def use_varlen(device, dtype):
