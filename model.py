@@ -905,7 +905,7 @@ class PagedCache:
             v = values[pages].transpose(1, 2).flatten(2, 3)  # [P, W, K, page, D] -> [P, K, S, D]
             if self.onednn:
                 its, _ = attend_block(its, k, v, bias)
-            else:
+            else:  # a GPU without paged flash attention, or a processor on which oneDNN would round
                 its, bias = its.flatten(2, 3).transpose(1, 2), bias[:, None].to(q.dtype)  # [P, H, n, D], [P, 1, n, S]
                 its = F.scaled_dot_product_attention(its, k.mT, v, attn_mask=bias, enable_gqa=True)
                 its = its.transpose(1, 2).unflatten(2, q.shape[1:3])  # [P, n, K, G, D]
