@@ -312,7 +312,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, *attention):
-        x = x + self.self_attn(self.input_layernorm(x), *attention)
+        y = self.self_attn(self.input_layernorm(x), *attention)
+        if len(y) < len(x):  # of some tokens the sampler needs no more than the keys and values
+            x = x[: len(y)]
+        x = x + y
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -803,7 +806,7 @@ class PagedCache:
     def __init__(self, config, n_pages, page, width, dtype, device):
         L, K, D = config.n_layers, config.n_kv_heads, config.head_dim
         self.page, self.width, self.device, self.windows = page, width, device, set(config.windows)
-        self.heads = config.n_heads
+        self.heads, self.last = config.n_heads, L - 1
         self.varlen, self.onednn = use_varlen(device, dtype), use_onednn(device)
         # Memory that no page has used yet is asked for but not touched; a page is cleared when it is taken.
         # k and v have the shape that flash attention reads. Elsewhere they are views of what products of matrices read.
@@ -866,35 +869,44 @@ class PagedCache:
         owner, ends = np.arange(len(counts)).repeat(counts), np.cumsum([0, *counts], dtype=np.int32)
         positions = np.concatenate([np.arange(first, first + n) for _, first, n in sequences])
         arrays = (torch.from_numpy(x).to(self.device) for x in (table, owner, ends, positions))
-        self.place(*arrays, max(counts))
+        self.place(*arrays, max(counts), n_rows)
         if not self.varlen:
-            self.n_rows = n_rows
             if n_rows:
                 self.parts, self.reader = self.plan_rows(table[:n_rows])
             self.batches = self.plan_prompts(sequences[n_rows:], ends[n_rows + 1 :].tolist())
         return self.positions
 
-    def place(self, table, owner, ends, positions, longest):
+    def place(self, table, owner, ends, positions, longest, n_rows):
         """What flash attention wants to know, and the place in the cache of every token.
 
         table [sequences, width], the pages of each; owner [T], whose a token is; ends [sequences + 1], where the
         tokens of each end, after a 0; positions [T]; `longest`, the most tokens of a sequence.
         """
-        self.table, self.ends, self.positions, self.longest = table, ends, positions, longest
+        self.table, self.ends, self.positions, self.longest, self.n_rows = table, ends, positions, longest, n_rows
         self.page_of, self.slot = table[owner, positions // self.page].long(), positions % self.page  # [T]
         self.used = (positions[ends[1:] - 1] + 1).int()  # [sequences]
 
     def attend(self, attention, q, k, v):
-        """q [T, H, D], k and v [T, K, D] of one layer: written to the cache, then attended to -> [T, H, D]."""
+        """q [T, H, D], k and v [T, K, D] of one layer: written to the cache, then attended to -> [T, H, D].
+
+        In the last layer only the rows attend, which come first -> [B, H, D]: what a prompt's tokens would go on with
+        there is of no use to anyone.
+        """
         layer, window = attention.layer, attention.window
         self.k[layer][self.page_of, self.slot], self.v[layer][self.page_of, self.slot] = k, v
+        n, longest, last = len(self.used), self.longest, layer == self.last  # n sequences attend
+        if last:
+            q, n, longest = q[: self.n_rows], self.n_rows, 1
+        if not n:
+            return q
         if self.varlen:
             span, look_back = self.width * self.page, (-1 if window is None else window - 1, 0)
-            options = {"window_size": look_back, "seqused_k": self.used, "block_table": self.table, "enable_gqa": True}
-            return varlen_attn(q, self.k[layer], self.v[layer], self.ends, None, self.longest, span, **options)
+            options = {"seqused_k": self.used[:n], "block_table": self.table[:n], "enable_gqa": True}
+            places = self.k[layer], self.v[layer], self.ends[: n + 1], None, longest, span
+            return varlen_attn(q, *places, window_size=look_back, **options)
         keys, values = self.keys[layer], self.values[layer]  # [pages, K, D, page], [pages, K, page, D]
         q = q.unflatten(1, (keys.shape[1], -1))  # [T, K, G, D]
-        if not self.batches:
+        if last or not self.batches:
             return self.attend_rows(q, keys, values, window).flatten(1, 2)  # [T, H, D]
         y = torch.empty_like(q)
         if self.n_rows:
@@ -1077,7 +1089,7 @@ class DecodeGraphs:
     def decode(self, size):
         """One token of the first `size` rows of the static inputs -> logits [size, V]."""
         ends = torch.arange(size + 1, dtype=torch.int32, device=self.ids.device)
-        self.cache.place(self.table[:size], ends[:-1], ends, self.positions[:size], 1)
+        self.cache.place(self.table[:size], ends[:-1], ends, self.positions[:size], 1, size)
         return self.model.logits(self.model(self.ids[:size], self.positions[:size], self.cache.attend))
 
     def record(self, size):

@@ -180,6 +180,18 @@ def test_prompt_is_read_once_and_held_once_for_all_its_samples(random_model):
     assert peak == {1: 4, 2: 5, 16: 19}
 
 
+def test_prompts_go_through_the_last_layer_as_keys_and_values_only(random_model):
+    """Guards against: an output of the last layer that nobody reads, for every token of every prompt."""
+    model, _ = m.load(random_model)
+    seen = []
+    for block in model.model["layers"]:
+        block.mlp.register_forward_pre_hook(lambda mlp, inputs: seen[-1].append(len(inputs[0])))
+    model.register_forward_pre_hook(lambda model, inputs: seen.append([]))
+    m.generate(model, [[5] * 80, [6] * 3], [[(0, 0, 0)], [(0, 1, 0)]], m.SamplingParams(max_new_tokens=2), [])
+    first, last = ([step[layer] for step in seen] for layer in (0, -1))
+    assert first == [81, 2, 2] and last == [0, 2, 2]
+
+
 def test_what_all_prompts_begin_with_is_read_once(random_model):
     """Guards against: a system message that is read again for every problem, or one problem's text in another's."""
     model, _ = m.load(random_model)
