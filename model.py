@@ -31,7 +31,8 @@ The life of a sample, in `stream`:
 
     waiting    its prompt comes in when there are pages for it and batch room for its samples, and with it a copy of
                what all prompts begin with, which was read before everything else
-    reading    each step reads up to a chunk of the prompts on their way: once for all samples, all but the last token
+    reading    each step reads up to a chunk of the prompts on their way: once for all samples, all but the last token,
+               and in the last layer only as far as the cache: keys and values
     row        when the batch has room it starts, with the prompt's last token: a token a step, beside those being read,
                and a new page when the last one is full
     done       at a stop token or at its limit: its pages are free again at once, and the next prompt comes in
