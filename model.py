@@ -344,7 +344,8 @@ class Decoder(nn.Module):
         """ids [..., T] -> hidden states [..., T, C].
 
         As it stands, ids [B, T] are whole sequences from position 0, padded on the right. The sampler gives
-        `positions` and an `attend` of its own: all tokens of a step in one flat row, and attention to the cache.
+        `positions` and an `attend` of its own: all tokens of a step in one flat row, and attention to the cache. The
+        hidden states are then those of the tokens that `attend` gave back in the last layer.
         """
         if positions is None:
             positions = torch.arange(ids.shape[-1], device=ids.device)  # [T]
@@ -881,7 +882,8 @@ class PagedCache:
         """What flash attention wants to know, and the place in the cache of every token.
 
         table [sequences, width], the pages of each; owner [T], whose a token is; ends [sequences + 1], where the
-        tokens of each end, after a 0; positions [T]; `longest`, the most tokens of a sequence.
+        tokens of each end, after a 0; positions [T]; `longest`, the most tokens of a sequence; the first `n_rows`
+        sequences are rows.
         """
         self.table, self.ends, self.positions, self.longest, self.n_rows = table, ends, positions, longest, n_rows
         self.page_of, self.slot = table[owner, positions // self.page].long(), positions % self.page  # [T]
