@@ -808,7 +808,7 @@ class PagedCache:
     def __init__(self, config, n_pages, page, width, dtype, device):
         L, K, D = config.n_layers, config.n_kv_heads, config.head_dim
         self.page, self.width, self.device, self.windows = page, width, device, set(config.windows)
-        self.heads, self.last = config.n_heads, L - 1
+        self.heads = config.n_heads
         self.varlen, self.onednn = use_varlen(device, dtype), use_onednn(device)
         # Memory that no page has used yet is asked for but not touched; a page is cleared when it is taken.
         # k and v have the shape that flash attention reads. Elsewhere they are views of what products of matrices read.
@@ -897,7 +897,7 @@ class PagedCache:
         """
         layer, window = attention.layer, attention.window
         self.k[layer][self.page_of, self.slot], self.v[layer][self.page_of, self.slot] = k, v
-        n, longest, last = len(self.used), self.longest, layer == self.last  # n sequences attend
+        n, longest, last = len(self.used), self.longest, layer == len(self.k) - 1  # n sequences attend
         if last:
             q, n, longest = q[: self.n_rows], self.n_rows, 1
         if not n:

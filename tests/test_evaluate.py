@@ -219,7 +219,7 @@ def test_missing_math_verify_is_no_wrong_answer(monkeypatch):
 
 
 @pytest.mark.slow
-def test_twenty_thousand_answers_take_about_a_minute(tmp_path):
+def test_twenty_thousand_answers_take_less_than_a_minute(tmp_path):
     """Answers as they come from sampling: 500 problems, 40 answers each, of which about ten are different texts."""
     rng = np.random.default_rng(0)
     problems = {}
@@ -230,14 +230,17 @@ def test_twenty_thousand_answers_take_about_a_minute(tmp_path):
         answers = [str(rng.choice(right if rng.random() < 0.5 else wrong)) for _ in range(40)]
         problem = outcome_arrays(39, 1)
         problems[str(i)] = {"answer": right[0], "answers": answers[:39], "refinements": answers[39:], **problem}
-    grader = e.Grader(cache=tmp_path / "grades.jsonl")
-    started = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    outcomes = e.grade_files([problems], grader)
-    grader.close()  # its processes have ended, so that their time is known
-    ended = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    # Seconds of two processors, so that other work on this machine does not count. Idle ones take 92, those that share
-    # their hardware with other machines took 131.
-    assert ended - started < 3 * 60 and 0.45 < (outcomes.votes == 0).mean() < 0.55 and not grader.stuck
+    # Seconds of two processors, so that other work on the machine does not count; up to three tries, because processors
+    # that are shared with other machines have taken 92 to 134 for the same.
+    for attempt in range(3):
+        grader = e.Grader(cache=tmp_path / f"grades{attempt}.jsonl")
+        started = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        outcomes = e.grade_files([problems], grader)
+        grader.close()  # its processes have ended, so that their time is known
+        ended = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        if ended - started < 2 * 60:
+            break
+    assert ended - started < 2 * 60 and 0.45 < (outcomes.votes == 0).mean() < 0.55 and not grader.stuck
 
 
 # ------------------------------------------------------------------------------------------------
