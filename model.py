@@ -176,7 +176,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        if not x.is_cpu or x.dtype != torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        # On a CPU that is five passes over x and results as large. These are three, and the rest is one column.
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # [..., 1]
+        return x * (norm.square() / x.shape[-1] + self.eps).rsqrt() * self.weight
 
 
 def rope_frequencies(config):
@@ -745,25 +749,54 @@ def sample_token(logits, u, params):
     return token[:, 0], logprob[:, 0], certainty[:, 0].clamp(max=1e4)  # finite also where a logit is -inf
 
 
+def halve(weight, bias):
+    """A linear layer, float32 -> (weight * 2^n and bias as FBGEMM packs them in float16, 2^-n); None if that rounds.
+
+    bfloat16, in which most checkpoints come, has fewer digits than float16 but smaller numbers, so that some power of
+    two fits nearly all of them in.
+    """
+    largest = weight.abs().max().item()
+    for n in (0, 15 - math.frexp(largest)[1]):  # with the second, the largest is below 2^15
+        if largest < math.inf and torch.equal((weight * 2.0**n).half().float() * 2.0**-n, weight):
+            return torch.ops.quantized.linear_prepack_fp16(weight * 2.0**n, bias), 2.0**-n
+    return None
+
+
 def pack(model):
     """Make a float32 model on a CPU ready for sampling, in place. Elsewhere, or without the operator, do nothing.
 
     The weights are laid out once as oneDNN likes them, and matrices with the same input become one: products of
     few rows then run two to four times as fast as F.linear, which lays the weights out anew at every call. The
     plain weights are let go, so a packed model can sample and nothing else; a tied embedding stays beside its copy.
+
+    A product of very few rows takes as long as reading the weights. Where float16 holds them exactly, they are kept
+    in it as well, if there is memory to spare, and read from there: the arithmetic is float32 as before.
     """
-    weight, operators = model.lm_head.weight, torch.ops.mkldnn
+    weight, operators, half = model.lm_head.weight, torch.ops.mkldnn, torch.ops.quantized
     there = hasattr(operators, "_reorder_linear_weight") and hasattr(operators, "_linear_pointwise")
     if not (there and torch.backends.mkldnn.is_available() and weight.is_cpu and weight.dtype == torch.float32):
         return
+    spare = free_memory(weight.device) / 4 > 2 * sum(p.numel() for p in model.parameters())
+    halves = spare and hasattr(half, "linear_prepack_fp16") and torch.backends.quantized.engine in ("x86", "fbgemm")
 
     def merge(*layers):
-        weight = operators._reorder_linear_weight(torch.cat([layer.weight.detach() for layer in layers]), 64)
+        plain = torch.cat([layer.weight.detach() for layer in layers])
         bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
         sizes = [layer.out_features for layer in layers]
+        halved = halve(plain, bias) if halves else None
+        weight = operators._reorder_linear_weight(plain, 64)
+        few = 32 if len(plain) < 8192 else 8  # rows up to which float16 wins
         for layer in layers:
             layer.weight = None
-        layers[0].packed = lambda x: operators._linear_pointwise(x, weight, bias, "none", [], "").split(sizes, -1)
+
+        def product(x):
+            if halved and len(x) <= few:
+                y = half.linear_dynamic_fp16(x if halved[1] == 1 else x * halved[1], halved[0])
+            else:
+                y = operators._linear_pointwise(x, weight, bias, "none", [], "")
+            return y.split(sizes, -1)
+
+        layers[0].packed = product
 
     for block in model.model.layers:
         merge(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
@@ -1015,7 +1048,7 @@ class PagedCache:
         reader = self.reader  # [N]
         top = lse.new_full((B + 1, K, G), -math.inf)
         top.scatter_reduce_(0, reader[:, None, None].expand_as(lse), lse, "amax")
-        share = (lse - top[reader]).exp_()
+        share = (lse - top.index_select(0, reader)).exp_()
         total = torch.zeros_like(top).index_add_(0, reader, share)
         out = lse.new_zeros(B + 1, K, G, D).index_add_(0, reader, y.mul_(share[..., None]))
         return out.div_(total[..., None])[:B].to(q.dtype)  # [B, K, G, D]
@@ -1029,7 +1062,8 @@ def attend_block(q, k, v, bias):
     (P, n, K, G, D), S = q.shape, k.shape[-1]
     multiply = multiply_onednn if use_onednn(q.device) else torch.matmul
     q = q.permute(0, 2, 3, 1, 4).reshape(P, K, G * n, D)  # a block's queries of a head, one matrix
-    scores = multiply(q.float() * D**-0.5, k.float()).view(P, K, G, n, S).add_(bias[:, None, None])
+    scores = multiply(q.float(), k.float()).view(P, K, G, n, S)
+    torch.add(bias[:, None, None], scores, alpha=D**-0.5, out=scores)
     weight = scores.softmax(-1)  # [P, K, G, n, S]
     lse = scores.amax(-1) - weight.amax(-1).log()  # [P, K, G, n]
     y = multiply(weight.flatten(2, 3), v.float()).view(P, K, G, n, D)  # weight as [P, K, G * n, S]

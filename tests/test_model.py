@@ -356,15 +356,37 @@ def test_on_a_gpu(tmp_path):
         assert completion.logprob == pytest.approx(of_cpu, abs=0.1 * len(completion.ids))
 
 
-def test_packed_model_samples_the_same(random_model):
-    """Guards against: the CPU's packed and merged products differing from the plain ones."""
-    model, _ = m.load(random_model)
-    packed, _ = m.load(random_model)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_model_samples_the_same(dtype, random_model, monkeypatch):
+    """Guards against: packed and merged products differing from the plain ones; float16 taken where it rounds, or never."""
+    multiply, halved = torch.ops.quantized.linear_dynamic_fp16, []
+    monkeypatch.setattr(torch.ops.quantized, "linear_dynamic_fp16", lambda x, w: halved.append(len(x)) or multiply(x, w))
+    model, packed = m.load(random_model)[0], m.load(random_model)[0]
+    for weight in (*model.parameters(), *packed.parameters()):
+        weight.data = weight.data.to(dtype).float()
     m.pack(packed)
     prompts, keys = [list(range(9, 80)), [11, 12]], [[(0, 0, j) for j in range(5)], [(0, 1, 0)]]
     params = m.SamplingParams(max_new_tokens=50, top_p=0.9)
     expected, _ = sampled(model, prompts, keys, params)
     assert same(sampled(packed, prompts, keys, params)[0], expected)
+    possible = dtype == torch.bfloat16 and torch.backends.quantized.engine in ("x86", "fbgemm")
+    assert max(halved, default=0) == (6 if possible else 0)  # the six samples, and not the prompts of 72 tokens
+
+
+@pytest.mark.parametrize("scale", [2.0**-30, 2.0**-9, 1.0, 2.0**20])
+def test_float16_holds_a_bfloat16_layer_exactly(scale):
+    """Guards against: weights that float16 rounds or that are too large for it, a power of two not taken back."""
+    if torch.backends.quantized.engine not in ("x86", "fbgemm"):
+        pytest.skip("needs FBGEMM")
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(70, 50, generator=generator) * scale).bfloat16().float()
+    bias, x = torch.randn(70, generator=generator), torch.randn(5, 50, generator=generator) / scale
+    packed, unscale = m.halve(weight, bias)
+    y = torch.ops.quantized.linear_dynamic_fp16(x * unscale, packed)
+    torch.testing.assert_close(y.double(), x.double() @ weight.double().T + bias.double(), atol=1e-4, rtol=1e-5)
+    for damage in (weight[3, 4] * (1 + 2**-12), math.inf, math.nan):  # the first has a digit too many
+        weight[3, 4] = damage
+        assert m.halve(weight, bias) is None
 
 
 def test_filters_equal_a_full_sort():
