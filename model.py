@@ -755,10 +755,11 @@ def halve(weight, bias):
     bfloat16, in which most checkpoints come, has fewer digits than float16 but smaller numbers, so that some power of
     two fits nearly all of them in.
     """
-    largest = weight.abs().max().item()
+    largest = max(map(abs, torch.stack(weight.aminmax()).tolist()))
     for n in (0, 15 - math.frexp(largest)[1]):  # with the second, the largest is below 2^15
-        if largest < math.inf and torch.equal((weight * 2.0**n).half().float() * 2.0**-n, weight):
-            return torch.ops.quantized.linear_prepack_fp16(weight * 2.0**n, bias), 2.0**-n
+        scaled = weight * 2.0**n if n else weight
+        if largest < math.inf and (scaled.half() == scaled).all():
+            return torch.ops.quantized.linear_prepack_fp16(scaled, bias), 2.0**-n
     return None
 
 
@@ -769,8 +770,9 @@ def pack(model):
     few rows then run two to four times as fast as F.linear, which lays the weights out anew at every call. The
     plain weights are let go, so a packed model can sample and nothing else; a tied embedding stays beside its copy.
 
-    A product of very few rows takes as long as reading the weights. Where float16 holds them exactly, they are kept
-    in it as well, if there is memory to spare, and read from there: the arithmetic is float32 as before.
+    A product of few rows takes as long as reading the weights. Where float16 holds them exactly, they are kept in it as
+    well, if there is memory to spare, and read from there; the arithmetic is float32 as before. Making these takes as
+    long as some hundred tokens of one row.
     """
     weight, operators, half = model.lm_head.weight, torch.ops.mkldnn, torch.ops.quantized
     there = hasattr(operators, "_reorder_linear_weight") and hasattr(operators, "_linear_pointwise")
@@ -785,7 +787,7 @@ def pack(model):
         sizes = [layer.out_features for layer in layers]
         halved = halve(plain, bias) if halves else None
         weight = operators._reorder_linear_weight(plain, 64)
-        few = 32 if len(plain) < 8192 else 8  # rows up to which float16 wins
+        few = 32 if len(plain) < 8192 else 16 if use_onednn(plain.device) else 8  # rows up to which float16 wins
         for layer in layers:
             layer.weight = None
 

@@ -82,10 +82,11 @@ def ours(args):
         with torch.no_grad():
             for weight in model.parameters():
                 if weight.dim() > 1:
-                    weight.normal_(0, 0.02)
+                    weight.copy_(weight.normal_(0, 0.02).bfloat16())  # as Qwen2.5's checkpoints are
     else:
         model, _ = m.load(args.model, device, dtype)
     weights = sum(w.nbytes for w in {id(w): w for w in model.parameters()}.values())
+    weights += weights // 2  # on a CPU in float16 as well: all that is loaded here is bfloat16 at heart
     weights += model.lm_head.weight.nbytes if model.config.tie_embeddings else 0  # packed, beside the embedding
     m.pack(model)
 

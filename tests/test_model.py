@@ -358,9 +358,10 @@ def test_on_a_gpu(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_model_samples_the_same(dtype, random_model, monkeypatch):
-    """Guards against: packed and merged products differing from the plain ones; float16 taken where it rounds, or never."""
-    multiply, halved = torch.ops.quantized.linear_dynamic_fp16, []
-    monkeypatch.setattr(torch.ops.quantized, "linear_dynamic_fp16", lambda x, w: halved.append(len(x)) or multiply(x, w))
+    """Guards against: packed and merged products unlike the plain ones; float16 taken where it rounds, or never."""
+    half, halved = torch.ops.quantized, []
+    multiply = half.linear_dynamic_fp16
+    monkeypatch.setattr(half, "linear_dynamic_fp16", lambda x, w: halved.append(len(x)) or multiply(x, w))
     model, packed = m.load(random_model)[0], m.load(random_model)[0]
     for weight in (*model.parameters(), *packed.parameters()):
         weight.data = weight.data.to(dtype).float()
