@@ -9,6 +9,7 @@ This file is read top to bottom, and each part uses only what stands above it:
     load, save             Hugging Face folders, in and out; hub ids; the table of short names
     Tokenizer              text <-> token ids, and the chat template
     sample_token           logits -> one token, by temperature, top-k, top-p and min-p
+    pack                   weights laid out for products of few rows on a CPU
     PagedCache             the keys and values of what has been read so far, in pages that rows share
     stream, generate       continuous batching: prompts in, completions out as they finish
 
@@ -178,7 +179,7 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         if not x.is_cpu or x.dtype != torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-        # On a CPU that is five passes over x and results as large. These are three, and the rest is one column.
+        # On a CPU that is four passes over x, its squares written out. These are three, and the rest is one column.
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # [..., 1]
         return x * (norm.square() / x.shape[-1] + self.eps).rsqrt() * self.weight
 
@@ -750,7 +751,7 @@ def sample_token(logits, u, params):
 
 
 def halve(weight, bias):
-    """A linear layer, float32 -> (weight * 2^n and bias as FBGEMM packs them in float16, 2^-n); None if that rounds.
+    """A linear layer, float32 -> x to x @ weight.T + bias, from weight * 2^n in float16; None if that would round.
 
     bfloat16, in which most checkpoints come, has fewer digits than float16 but smaller numbers, so that some power of
     two fits nearly all of them in.
@@ -759,7 +760,8 @@ def halve(weight, bias):
     for n in (0, 15 - math.frexp(largest)[1]):  # with the second, the largest is below 2^15
         scaled = weight * 2.0**n if n else weight
         if largest < math.inf and (scaled.half() == scaled).all():
-            return torch.ops.quantized.linear_prepack_fp16(scaled, bias), 2.0**-n
+            packed = torch.ops.quantized.linear_prepack_fp16(scaled, bias)  # by FBGEMM
+            return lambda x: torch.ops.quantized.linear_dynamic_fp16(x * 2.0**-n if n else x, packed)
     return None
 
 
@@ -771,31 +773,29 @@ def pack(model):
     plain weights are let go, so a packed model can sample and nothing else; a tied embedding stays beside its copy.
 
     A product of few rows takes as long as reading the weights. Where float16 holds them exactly, they are kept in it as
-    well, if there is memory to spare, and read from there; the arithmetic is float32 as before. Making these takes as
-    long as some hundred tokens of one row.
+    well, if there is memory to spare, and read from there; the arithmetic is float32 as before.
     """
-    weight, operators, half = model.lm_head.weight, torch.ops.mkldnn, torch.ops.quantized
+    weight, operators = model.lm_head.weight, torch.ops.mkldnn
     there = hasattr(operators, "_reorder_linear_weight") and hasattr(operators, "_linear_pointwise")
     if not (there and torch.backends.mkldnn.is_available() and weight.is_cpu and weight.dtype == torch.float32):
         return
     spare = free_memory(weight.device) / 4 > 2 * sum(p.numel() for p in model.parameters())
-    halves = spare and hasattr(half, "linear_prepack_fp16") and torch.backends.quantized.engine in ("x86", "fbgemm")
+    fbgemm = hasattr(torch.ops.quantized, "linear_prepack_fp16")
+    fbgemm = fbgemm and torch.backends.quantized.engine in ("x86", "fbgemm")
 
     def merge(*layers):
         plain = torch.cat([layer.weight.detach() for layer in layers])
         bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
         sizes = [layer.out_features for layer in layers]
-        halved = halve(plain, bias) if halves else None
+        halved = halve(plain, bias) if fbgemm and spare else None
         weight = operators._reorder_linear_weight(plain, 64)
         few = 32 if len(plain) < 8192 else 16 if use_onednn(plain.device) else 8  # rows up to which float16 wins
         for layer in layers:
             layer.weight = None
 
         def product(x):
-            if halved and len(x) <= few:
-                y = half.linear_dynamic_fp16(x if halved[1] == 1 else x * halved[1], halved[0])
-            else:
-                y = operators._linear_pointwise(x, weight, bias, "none", [], "")
+            few_rows = halved and len(x) <= few
+            y = halved(x) if few_rows else operators._linear_pointwise(x, weight, bias, "none", [], "")
             return y.split(sizes, -1)
 
         layers[0].packed = product
