@@ -15,7 +15,7 @@ import dataclasses
 import numpy as np
 
 from evaluate import InputError, command_line, meta_path, read_json, read_jsonl, strip_thinking
-from model import load, pack, pick_device, uniforms
+from model import load, pick_device, uniforms
 from sample import SOLVE_PROMPT, add_sampling_flags, as_json, check_sizes, sampling_params, versions, write_rows
 
 REFINE_PROMPT = """\
@@ -163,7 +163,6 @@ def main(argv=None):
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "tokens": tokens,
     }
-    pack(model)
     write_rows(args, out, rows, made_by, record, args.k, model, params, tokenizer.stop_ids, requests, finish)
 
 

@@ -287,7 +287,7 @@ def write_rows(args, out, rows, made_by, record, samples, model, params, stop_id
     all; `finish(i, completions)` -> the finished row, from a list of Completions for each request. `record` is
     what else the meta file is to say. Of several processes each takes its share of the rows that are missing.
     """
-    out, meta, started = Path(out), meta_path(out), time.time()
+    out, meta = Path(out), meta_path(out)
     rank, world, add, wait = processes(model.rope_freq.device, str(out))
     there = resume(out, rows, made_by)
     before = read_json(meta) if there else {}
@@ -295,6 +295,9 @@ def write_rows(args, out, rows, made_by, record, samples, model, params, stop_id
     missing = [i for i, row in enumerate(rows) if row["id"] not in there]
     if rank == 0 and there:
         print(f"{out}: {f'{len(there)} of {len(rows)} problems are there' if missing else 'complete'} already")
+    if missing:
+        pack(model)
+    started = time.time()
 
     def write_meta(complete, **more):
         if rank == 0:
@@ -432,7 +435,6 @@ def main(argv=None):
     }
     tokens = {"prompt": sum(map(len, ids))}
     record = {"model": args.model, "data": args.data, "flags": vars(args), "versions": versions(), "tokens": tokens}
-    pack(model)
     write_rows(args, out, problems, made_by, record, args.n, model, params, tokenizer.stop_ids, requests, finish)
 
 
