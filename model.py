@@ -773,7 +773,8 @@ def pack(model):
     plain weights are let go, so a packed model can sample and nothing else; a tied embedding stays beside its copy.
 
     A product of few rows takes as long as reading the weights. Where float16 holds them exactly, they are kept in it as
-    well, if there is memory to spare, and read from there; the arithmetic is float32 as before.
+    well, if there is memory to spare, and read from there; the arithmetic is float32 as before. Without AVX-512 this is
+    the faster for any number of rows, and then nothing else is kept.
     """
     weight, operators = model.lm_head.weight, torch.ops.mkldnn
     there = hasattr(operators, "_reorder_linear_weight") and hasattr(operators, "_linear_pointwise")
@@ -782,14 +783,16 @@ def pack(model):
     spare = free_memory(weight.device) / 4 > 2 * sum(p.numel() for p in model.parameters())
     fbgemm = hasattr(torch.ops.quantized, "linear_prepack_fp16")
     fbgemm = fbgemm and torch.backends.quantized.engine in ("x86", "fbgemm")
+    alone = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
     def merge(*layers):
         plain = torch.cat([layer.weight.detach() for layer in layers])
         bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
         sizes = [layer.out_features for layer in layers]
-        halved = halve(plain, bias) if fbgemm and spare else None
-        weight = operators._reorder_linear_weight(plain, 64)
-        few = 32 if len(plain) < 8192 else 16 if use_onednn(plain.device) else 8  # rows up to which float16 wins
+        halved = halve(plain, bias) if fbgemm and (spare or alone) else None
+        weight = None if halved and alone else operators._reorder_linear_weight(plain, 64)
+        few = 32 if len(plain) < 8192 else 16 if use_onednn(plain.device) else 8
+        few = math.inf if alone else few  # rows up to which float16 wins
         for layer in layers:
             layer.weight = None
 
