@@ -43,6 +43,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import zlib
 from collections import deque
 from dataclasses import dataclass
 from fractions import Fraction
@@ -362,7 +363,8 @@ def grading_worker(limit):
     import resource
 
     from math_verify import LatexExtractionConfig, parse, verify
-    from sympy import Expr, UnevaluatedExpr
+    from sympy import Expr, Symbol, UnevaluatedExpr
+    from sympy.concrete.expr_with_limits import ExprWithLimits
 
     logging.disable()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody reads the reply any more: end in silence
@@ -382,11 +384,13 @@ def grading_worker(limit):
 
     @functools.lru_cache(4096)
     def value(text):
-        """Of what is a number and no percentage, its size; else nan."""
+        """The size of an expression where each unknown is a number made of its name; nan of percentages and others."""
         first = (read(text) or [None])[0]
-        number = isinstance(first, Expr) and first.is_number and not first.has(UnevaluatedExpr)
+        if not isinstance(first, Expr) or isinstance(first, Symbol) or first.has(UnevaluatedExpr, ExprWithLimits):
+            return math.nan  # a symbol alone stands for a word or for e: math-verify has rules for it
         try:
-            return complex(first) if number else math.nan
+            unknowns = {symbol: 1 + zlib.crc32(symbol.name.encode()) / 2**32 for symbol in first.free_symbols}
+            return complex(first.evalf(subs=unknowns))
         except Exception:  # sympy raises many kinds
             return math.nan
 
@@ -397,7 +401,7 @@ def grading_worker(limit):
         signal.setitimer(signal.ITIMER_REAL, limit)
         pair = json.loads(line)
         a, b = map(value, pair)
-        # Numbers that differ this much need no algebra, which takes its time to fail.
+        # What differs this much, at one choice of the unknowns, needs no algebra, which takes its time to fail.
         # A nan is unequal to itself; its abs() may raise an overflow that some earlier operation left behind.
         far = a == a and b == b and abs(a - b) > 1e-3 * max(1, abs(a), abs(b))
         equal = not far and verify(*map(read, pair), timeout_seconds=None)

@@ -67,6 +67,9 @@ def test_thought_opened_by_the_template():
         (r"\left( 3, \frac{\pi}{2} \right)", r"(3, \pi/2)", True),
         (r"x^2+2x+1", r"(x+1)^2", True),
         (r"x^2+2x+1", r"(x-1)^2", False),
+        (r"\frac{x^2-1}{x-1}", "x+1", True),
+        ("3x+2", "17", False),
+        ("abc", r"\text{abc}", True),  # a product of letters and a word
         (r"\text{Evelyn}", "Evelyn", True),
         (r"\text{Evelyn}", "Carla", False),
         ("5", None, False),
@@ -230,16 +233,12 @@ def test_twenty_thousand_answers_take_less_than_a_minute(tmp_path):
         answers = [str(rng.choice(right if rng.random() < 0.5 else wrong)) for _ in range(40)]
         problem = outcome_arrays(39, 1)
         problems[str(i)] = {"answer": right[0], "answers": answers[:39], "refinements": answers[39:], **problem}
-    # Seconds of two processors, so that other work on the machine does not count; up to three tries, because processors
-    # that are shared with other machines have taken 92 to 134 for the same.
-    for attempt in range(3):
-        grader = e.Grader(cache=tmp_path / f"grades{attempt}.jsonl")
-        started = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        outcomes = e.grade_files([problems], grader)
-        grader.close()  # its processes have ended, so that their time is known
-        ended = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        if ended - started < 2 * 60:
-            break
+    grader = e.Grader(cache=tmp_path / "grades.jsonl")
+    # Seconds of two processors, so that other work on the machine does not count.
+    started = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    outcomes = e.grade_files([problems], grader)
+    grader.close()  # its processes have ended, so that their time is known
+    ended = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     assert ended - started < 2 * 60 and 0.45 < (outcomes.votes == 0).mean() < 0.55 and not grader.stuck
 
 
