@@ -386,10 +386,12 @@ def grading_worker(limit):
     def value(text):
         """The size of an expression where each unknown is a number made of its name; nan of percentages and others."""
         first = (read(text) or [None])[0]
-        if not isinstance(first, Expr) or isinstance(first, Symbol) or first.has(UnevaluatedExpr, ExprWithLimits):
+        if not isinstance(first, Expr) or isinstance(first, Symbol) or first.has(UnevaluatedExpr):
             return math.nan  # a symbol alone stands for a word or for e: math-verify has rules for it
         try:
             unknowns = {symbol: 1 + zlib.crc32(symbol.name.encode()) / 2**32 for symbol in first.free_symbols}
+            if unknowns and first.has(ExprWithLimits):
+                return math.nan  # a sum up to an unknown needs it to be an integer
             return complex(first.evalf(subs=unknowns))
         except Exception:  # sympy raises many kinds
             return math.nan

@@ -70,6 +70,7 @@ def test_thought_opened_by_the_template():
         (r"\frac{x^2-1}{x-1}", "x+1", True),
         ("3x+2", "17", False),
         ("abc", r"\text{abc}", True),  # a product of letters and a word
+        (r"1+\sum_{k=1}^{n} \frac1k", r"\sum_{k=1}^{n} \frac1k+1", True),  # has no size for an n between integers
         (r"\text{Evelyn}", "Evelyn", True),
         (r"\text{Evelyn}", "Carla", False),
         ("5", None, False),
