@@ -926,6 +926,7 @@ class PagedCache:
         self.table, self.ends, self.positions, self.longest, self.n_rows = table, ends, positions, longest, n_rows
         self.page_of, self.slot = table[owner, positions // self.page].long(), positions % self.page  # [T]
         self.used = (positions[ends[1:] - 1] + 1).int()  # [sequences]
+        self.key_ends = F.pad(self.used.cumsum(0, dtype=torch.int32), (1, 0))  # [sequences + 1]
 
     def attend(self, attention, q, k, v):
         """q [T, H, D], k and v [T, K, D] of one layer: written to the cache, then attended to -> [T, H, D].
@@ -942,8 +943,10 @@ class PagedCache:
             return q
         if self.varlen:
             span, look_back = self.width * self.page, (-1 if window is None else window - 1, 0)
-            options = {"seqused_k": self.used[:n], "block_table": self.table[:n], "enable_gqa": True}
-            places = self.k[layer], self.v[layer], self.ends[: n + 1], None, longest, span
+            # The operator wants the ends of the keys as well, though it does not read them where there are pages. More
+            # than one split writes later sequences to the wrong place (pytorch issue 194167, torch 2.13).
+            options = {"seqused_k": self.used[:n], "block_table": self.table[:n], "enable_gqa": True, "num_splits": 1}
+            places = self.k[layer], self.v[layer], self.ends[: n + 1], self.key_ends[: n + 1], longest, span
             return varlen_attn(q, *places, window_size=look_back, **options)
         keys, values = self.keys[layer], self.values[layer]  # [pages, K, D, page], [pages, K, page, D]
         q = q.unflatten(1, (keys.shape[1], -1))  # [T, K, G, D]

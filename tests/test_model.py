@@ -286,10 +286,28 @@ def test_onednn_multiplies_only_where_it_is_exact(random_model, monkeypatch):
     assert same(samples, m.generate(model, *work))
 
 
-def paged_oracle(q, k, v, ends, _, longest, span, *, window_size, seqused_k, block_table, enable_gqa):
-    """What torch's varlen_attn computes, token by token: q [T, H, D], k and v [pages, page, K, D]."""
-    assert ends.dtype == block_table.dtype == seqused_k.dtype == torch.int32 and enable_gqa
-    assert longest == max(ends.diff()) and span == block_table.shape[1] * k.shape[1]
+def paged_oracle(
+    q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa, seqused_k, block_table, num_splits
+):
+    """What torch's varlen_attn computes, token by token: q [T, H, D], k and v [pages, page, K, D].
+
+    It refuses what the CUDA operator refuses, and what that computes wrongly. Only half precision is left out: the
+    samples are compared with those of a CPU in float32.
+    """
+    n, (pages, page, K, D) = len(block_table), k.shape
+    for x, shape in ((cu_seq_q, (n + 1,)), (cu_seq_k, (n + 1,)), (seqused_k, (n,)), (block_table, block_table.shape)):
+        assert x is not None and x.dtype == torch.int32 and x.shape == shape and x.is_contiguous()
+    assert q.dim() == 3 and v.shape == k.shape and q.shape[2] == D and q.shape[1] % K == 0
+    assert all(x.stride(-1) == 1 and x.dtype == q.dtype for x in (q, k, v))
+    assert page % 256 == 0 and D % 8 == 0 and D <= 256
+    assert num_splits == 1  # else rows of later sequences go to the wrong place (pytorch issue 194167)
+    assert enable_gqa or q.shape[1] == K
+    ends, used = cu_seq_q.tolist(), seqused_k.tolist()
+    assert ends[0] == 0 and ends[-1] == len(q) and max_q == max(b - a for a, b in zip(ends, ends[1:]))
+    assert cu_seq_k.tolist() == [sum(used[:i]) for i in range(n + 1)]
+    assert max_k == block_table.shape[1] * page and 0 < min(used) <= max(used) <= max_k
+    assert 0 <= block_table.min() and block_table.max() < pages
+    ends = cu_seq_q
     out = torch.zeros_like(q)
     for row, used in enumerate(seqused_k.tolist()):
         keys, values = (x[block_table[row].long()].flatten(0, 1)[:used] for x in (k, v))  # [S, K, D]
