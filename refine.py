@@ -15,8 +15,19 @@ import dataclasses
 import numpy as np
 
 from evaluate import InputError, command_line, meta_path, read_json, read_jsonl, strip_thinking
-from model import load, pick_device, uniforms
-from sample import SOLVE_PROMPT, add_sampling_flags, as_json, check_sizes, sampling_params, versions, write_rows
+from model import load, uniforms
+from sample import (
+    SOLVE_PROMPT,
+    add_sampling_flags,
+    as_json,
+    check_sizes,
+    find_model,
+    fingerprint,
+    pick_device,
+    sampling_params,
+    versions,
+    write_rows,
+)
 
 REFINE_PROMPT = """\
 Below are a problem and {n} candidate solutions. Some or all of the candidates may be wrong.
@@ -112,7 +123,7 @@ def read_candidates(path, *more_keys):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--model", default="tiny", help="short name (see model.py), hub id or folder (default: tiny)")
+    parser.add_argument("--model", default="tiny", help="short name (see sample.py), hub id or folder (default: tiny)")
     parser.add_argument("--candidates", required=True, metavar="FILE", help="made by sample.py")
     parser.add_argument("--k", type=int, default=1, help="refinements a problem, in different orders (default: 1)")
     parser.add_argument("--limit", type=int, help="only the first so many problems")
@@ -124,7 +135,7 @@ def main(argv=None):
 
     rows = read_candidates(args.candidates)[: args.limit]
     device, dtype = pick_device(args.device, args.dtype)
-    model, tokenizer = load(args.model, device, dtype)
+    model, tokenizer = load(find_model(args.model), device, dtype)
     params = sampling_params(args, tokenizer.generation_config)
     context = model.config.context
     reserve = min(params.max_new_tokens, context // 2)  # tokens kept for the refinement, but never more than half
@@ -146,7 +157,7 @@ def main(argv=None):
         return {**rows[i], "refinements": refinements}
 
     made_by = {
-        "weights": model.fingerprint(),
+        "weights": fingerprint(model),
         "dtype": str(dtype).removeprefix("torch."),
         "k": args.k,
         "seed": args.seed,

@@ -66,19 +66,8 @@ from tqdm import tqdm
 import refine
 import sample
 from evaluate import Grader, InputError, answer_of, command_line, meta_path, read_json, write_json
-from model import (
-    ALIASES,
-    Config,
-    Tokenizer,
-    attend_causal,
-    find_model,
-    load,
-    pick_device,
-    save,
-    uniforms,
-    use_varlen,
-    varlen_attn,
-)
+from model import Config, Tokenizer, attend_causal, load, save, uniforms, use_varlen, varlen_attn
+from sample import ALIASES, find_model, fingerprint, pick_device
 
 # Without torchrun a checkpoint is saved by one process, as it should be.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -301,17 +290,17 @@ def learned_tokens(rows):
 def attention_within(lengths, device):
     """Attention for rows of these lengths that lie end to end: no row sees another, and no mask of all is made.
 
-    The function returned takes q [T, H, D], k and v [T, K, D] -> [T, H, D].
+    The function returned takes qkv [T, H + 2K, D] -> [T, H, D].
     """
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)  # [rows + 1]
 
-    def attend(attention, q, k, v):
-        if use_varlen(q.device, q.dtype):
+    def attend(attention, qkv):
+        if use_varlen(qkv.device, qkv.dtype, qkv.shape[-1]):
+            q, k, v = qkv.split(attention.heads, dim=1)
             back = (-1 if attention.window is None else attention.window - 1, 0)
             longest = max(lengths)
             return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=back, enable_gqa=True)
-        parts = zip(q.split(lengths), k.split(lengths), v.split(lengths))
-        return torch.cat([attend_causal(attention, *(x[None] for x in part))[0] for part in parts])
+        return torch.cat([attend_causal(attention, row[None])[0] for row in qkv.split(lengths)])
 
     return attend
 
@@ -674,8 +663,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     add = parser.add_argument_group("what").add_argument
     add("--model", default="tiny", help="the student: short name, hub id or folder (default: tiny)")
-    add("--teacher", help="the larger model that shows how (default: in model.py's table)")
-    add("--data", help="training problems, as in sample.py (default: in model.py's table)")
+    add("--teacher", help="the larger model that shows how (default: in sample.py's table)")
+    add("--data", help="training problems, as in sample.py (default: in sample.py's table)")
     add("--limit", type=int, help="only the first so many problems")
     add("--n", type=int, default=4, help="candidates a problem (default: 4)")
     add("--max-new-tokens", type=int, help="of the data that are made (default: as in sample.py)")
@@ -692,7 +681,7 @@ def main(argv=None):
     add("--shown", **numbers, metavar="N", help="candidates in a prompt, at least and at most; 0 for all (0 0)")
     add = parser.add_argument_group("how").add_argument
     add("--weight", type=float, default=1.0, help="of the refinement loss (default: 1)")
-    add("--lr", type=float, help="peak learning rate (default: in model.py's table, else 1e-5)")
+    add("--lr", type=float, help="peak learning rate (default: in sample.py's table, else 1e-5)")
     add("--epochs", type=int, default=2, help="passes over the rows (default: 2)")
     add("--steps", type=int, help="optimizer steps, instead of --epochs")
     # A step takes as many packs as it needs and adds up their gradients.
@@ -711,7 +700,7 @@ def main(argv=None):
     _, teacher, data, lr = ALIASES.get(args.model, (None, None, "gsm8k-train", 1e-5))
     args.teacher, args.data, args.lr = args.teacher or teacher, args.data or data, lr if args.lr is None else args.lr
     if not (args.solve or args.refine or args.teacher):
-        raise InputError(f"--model {args.model}: not in model.py's table, so give --teacher (or --solve and --refine)")
+        raise InputError(f"--model {args.model}: not in sample.py's table, so give --teacher (or --solve and --refine)")
     fewest, most = (n or math.inf for n in args.shown)
     rules = {
         "lr": (0 < args.lr < math.inf, "a rate is above 0"),
@@ -749,9 +738,9 @@ def main(argv=None):
         return print(message) if first else None
     if not args.dry_run:
         # Into the machine's own memory, also for a GPU: see prepare().
-        model, _ = load(args.model, "cpu", torch.float32)
+        model, _ = load(source, "cpu", torch.float32)
         made = read_json(meta_path(refined)) if refined and meta_path(refined).exists() else {}
-        known = [model.fingerprint(kind) for kind in (torch.float32, torch.bfloat16, torch.float16)]
+        known = [fingerprint(model, kind) for kind in (torch.float32, torch.bfloat16, torch.float16)]
         if made.get("candidates_by") and made["candidates_by"] not in known:
             raise InputError(
                 f"--refine {refined}: refines candidates of another model ({made['candidates_by']}) than {args.model} "

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import BASE, CHATML, make_folder, write_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as m
+import sample
 from evaluate import InputError
 
 ROPE = {
@@ -66,7 +68,7 @@ def test_logits_equal_transformers(kind, tmp_path):
     model, _ = m.load(folder)
     ids, mask = ragged(BASE["vocab_size"], [30, 100, 1, 57])
     with torch.no_grad():
-        ours = model.logits(model(ids))
+        ours = model.lm_head(model(ids))
         reference = theirs(folder)(ids, attention_mask=mask.long()).logits
     assert reference.std() > 0.3  # logits that vary: equality means something
     torch.testing.assert_close(ours[mask], reference[mask], atol=1e-4, rtol=0)
@@ -97,7 +99,7 @@ def oracle(model, prompt, key, params, stop_ids):
     draws = m.uniforms(key, params.max_new_tokens)
     for u in draws:
         with torch.no_grad():
-            logits = model.logits(model(torch.tensor([ids])))[0, -1].double().numpy()
+            logits = model.lm_head(model(torch.tensor([ids])))[0, -1].double().numpy()
         log_p = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
         if params.temperature == 0:
             token = int(logits.argmax())
@@ -180,35 +182,6 @@ def test_prompt_is_read_once_and_held_once_for_all_its_samples(random_model):
     assert peak == {1: 4, 2: 5, 16: 19}
 
 
-def test_prompts_go_through_the_last_layer_as_keys_and_values_only(random_model):
-    """Guards against: an output of the last layer that nobody reads, for every token of every prompt."""
-    model, _ = m.load(random_model)
-    seen = []
-    for block in model.model["layers"]:
-        block.mlp.register_forward_pre_hook(lambda mlp, inputs: seen[-1].append(len(inputs[0])))
-    model.register_forward_pre_hook(lambda model, inputs: seen.append([]))
-    m.generate(model, [[5] * 80, [6] * 3], [[(0, 0, 0)], [(0, 1, 0)]], m.SamplingParams(max_new_tokens=2), [])
-    first, last = ([step[layer] for step in seen] for layer in (0, -1))
-    assert first == [81, 2, 2] and last == [0, 2, 2]
-
-
-def test_what_all_prompts_begin_with_is_read_once(random_model):
-    """Guards against: a system message that is read again for every problem, or one problem's text in another's."""
-    model, _ = m.load(random_model)
-    for common, rests in ((30, (1, 20, 90)), (150, (70, 1, 3)), (0, (5, 9))):
-        # The last prompt of each is what all have in common: one token of it must be left to read.
-        prompts = [list(range(5, 5 + common)) + [200 + i] * n for i, n in enumerate(rests)] + [
-            list(range(5, 5 + common))
-        ]
-        prompts = [p for p in prompts if p]
-        keys = [[(1, i, j) for j in range(2)] for i in range(len(prompts))]
-        params = m.SamplingParams(max_new_tokens=20)
-        results, stats = sampled(model, prompts, keys, params)
-        shared = max(common - 1, 0)
-        assert stats.prompt_tokens == shared + sum(len(p) - 1 - shared for p in prompts)
-        assert same(results, [m.generate(model, [p], [k], params, [2, 3])[0] for p, k in zip(prompts, keys)])
-
-
 def test_rows_leave_and_others_take_their_place(random_model):
     """Guards against: a batch that runs as long as its longest row; results that depend on who shares it."""
     model, _ = m.load(random_model)
@@ -218,9 +191,9 @@ def test_rows_leave_and_others_take_their_place(random_model):
     alone = [m.generate(model, [p], [k], params, [2, 3])[0] for p, k in zip(prompts, keys)]
     for batch_size in (1, 3, 5, 100):
         results, stats = sampled(model, prompts, keys, params, batch_size=batch_size)
-        assert same(results, alone) and stats.evicted == 0
+        assert same(results, alone) and stats.preempted == 0
         tokens = sum(len(c.ids) for row in results for c in row)
-        assert stats.generated == tokens and stats.prompt_tokens == 4 + sum(len(p) - 5 for p in prompts)
+        assert stats.generated == tokens and stats.prompt_tokens == sum(len(p) - 1 for p in prompts)
         if batch_size == 3:  # three rows nearly all the time, though they end at very different times
             assert stats.steps < 1.4 * tokens / 3
 
@@ -232,15 +205,43 @@ def test_little_memory_costs_time_and_nothing_else(random_model):
     keys = [[(3, i, j) for j in range(1 + i)] for i in range(6)]
     params = m.SamplingParams(max_new_tokens=150)
     free, stats = sampled(model, prompts, keys, params)
-    assert stats.evicted == 0
-    row = 16 * model.config.vocab_size  # what a step needs for each row
+    assert stats.preempted == 0
+    row = m.DRAWING * model.config.vocab_size  # what a step needs for each row
     for pages in (40, 20, 10):
-        results, tight = sampled(model, prompts, keys, params, memory=pages * stats.page_bytes + 21 * row)
+        rows = min(21, pages * stats.page_bytes // (3 * row))  # a quarter of the memory is theirs at most
+        results, tight = sampled(model, prompts, keys, params, memory=pages * stats.page_bytes + rows * row)
         assert same(results, free) and 0 < tight.peak_pages < pages
-        assert tight.evicted > 0 or pages == 40
+        assert tight.preempted > 0 or pages == 40
         assert tight.prompt_tokens > stats.prompt_tokens or pages == 40
     with pytest.raises(InputError, match="one sequence of 300 tokens needs .* give more with --memory"):
-        sampled(model, prompts, keys, params, memory=6 * stats.page_bytes + 21 * row)
+        sampled(model, prompts, keys, params, memory=6 * stats.page_bytes + 4 * row)
+
+
+def test_the_memory_that_the_budget_asks_for_is_enough():
+    """Guards against: an error that names too little, pages rounded below what one sequence needs."""
+    config = m.Config.from_dict({"model_type": "llama", **BASE})
+    for longest in (1, 64, 300, 8300, 40000):
+        for memory in [1.3**i for i in range(40, 95)]:
+            sizes = config, 64, 49152, longest, 30, 256
+            try:
+                rows, pages = m.cache_budget(*sizes, memory)
+            except InputError as e:
+                need = float(str(e).partition("needs ")[2].partition(";")[0]) * 2**30
+                assert need > memory and m.cache_budget(*sizes, need)
+            else:
+                assert 1 <= rows <= 30 and pages >= -(-longest // 64) + 3
+                assert pages * 49152 + rows * m.DRAWING * config.vocab_size <= memory
+
+
+def test_gathering_in_parts_and_a_limit_far_away_change_nothing(random_model, monkeypatch):
+    """Guards against: sequences attended to in the wrong part; arrays as long as an absurd --max-new-tokens."""
+    model, _ = m.load(random_model)
+    prompts, keys = [list(range(10, 10 + n)) for n in (5, 70, 66)], [[(0, i, j) for j in range(5)] for i in range(3)]
+    expected, _ = sampled(model, prompts, keys, m.SamplingParams(max_new_tokens=200))
+    monkeypatch.setattr(m, "GATHERED", 2 * 64 * 64)
+    results, _ = sampled(model, prompts, keys, m.SamplingParams(max_new_tokens=10**9))
+    for ours, theirs in zip(sum(results, []), sum(expected, [])):
+        assert ours.ids[:200] == theirs.ids and (len(theirs.ids) == 200 or ours.finish_reason == "stop")
 
 
 def test_long_prompt_is_read_in_chunks_beside_the_others(tmp_path):
@@ -256,34 +257,13 @@ def test_long_prompt_is_read_in_chunks_beside_the_others(tmp_path):
         for i, j, completion in finished:
             results[i][j] = completion
     steps = [b - a for a, b in zip([0, *read], read)]
-    common = 19  # tokens that both begin with, read once before the first step
-    # Three steps for the long prompt's other tokens but the last, and 40 for its sample, which begins with that.
-    assert max(steps) <= 2048 + common and read.index(5018 - common) == 2 and len(read) == 3 + 40
+    # Ten passes for the short prompt and the long one, all but their last tokens, and 40 for the long one's sample,
+    # which begins with its last; what the last pass finished is yielded after it.
+    assert max(steps) <= 512 and read.index(5018) == 9 and len(read) == 10 + 40 + 1
     assert stats.peak_pages <= -(-5040 // 64) + 4 + 1 + 1
     check = oracle(model, long, keys[1][0], m.SamplingParams(max_new_tokens=3), [])
     assert results[1][0].ids[:3] == check[0]
     assert same(results[:1], m.generate(model, [short], keys[:1], params, []))
-
-
-def test_onednn_multiplies_only_where_it_is_exact(random_model, monkeypatch):
-    """Guards against: attention rounded to bfloat16 where the processor can, a precision that stays set afterwards."""
-    precision = torch.backends.mkldnn.matmul
-    before = precision.fp32_precision
-    a, b = torch.randn(9, 5, 64), torch.randn(9, 64, 64)
-    if m.use_onednn(a.device):
-        torch.testing.assert_close(m.multiply_onednn(a, b).double(), a.double() @ b.double(), atol=1e-4, rtol=0)
-    with pytest.raises(RuntimeError):
-        m.multiply_onednn(a, a)
-    assert precision.fp32_precision == before
-
-    model, _ = m.load(random_model)
-    keys = [[(0, 0, j) for j in range(6)], [(0, 1, 0)]]
-    work = [list(range(10, 200)), [7, 8]], keys, m.SamplingParams(max_new_tokens=40), []
-    samples = m.generate(model, *work)
-    monkeypatch.setattr(m, "multiply_onednn", lambda a, b: (a.bfloat16() @ b.bfloat16()).float())
-    assert not m.use_onednn.__wrapped__(a.device)
-    monkeypatch.setattr(m, "use_onednn", lambda device: False)
-    assert same(samples, m.generate(model, *work))
 
 
 def paged_oracle(
@@ -321,38 +301,120 @@ def paged_oracle(
     return out
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Pages are read by `paged_oracle` and graphs replayed by running their step again -> what was recorded."""
+    recorded = []
+
+    def record(run, pool):
+        recorded.append(run)
+        run()  # the first run of a recording has its effects as well
+        return run, "pool"
+
+    monkeypatch.setattr(m, "use_varlen", lambda device, dtype, head_dim: True)
+    monkeypatch.setattr(m, "varlen_attn", paged_oracle)
+    monkeypatch.setattr(m, "record_graph", record)
+    return recorded
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "mistral-window"])
-def test_the_paths_of_a_gpu(kind, tmp_path, monkeypatch):
+def test_the_paths_of_a_gpu(kind, tmp_path, request):
     """Graph and eager decoding over flash attention's pages give the CPU's samples, with stand-ins for what needs CUDA.
 
-    Guards against: wrong tables, lengths or windows for varlen_attn; padding rows, stale inputs or bursts past a row's
-    end in the recorded steps.
+    Guards against: wrong tables, lengths or windows for varlen_attn; padding rows, stale inputs or bursts past a
+    sequence's end in the recorded steps; a recording that writes into pages in use; graphs that are recorded anew by
+    the next stream, or replayed by one with other filters; a cache left full by a stream that was not read to its end.
     """
     name, changes = KINDS[kind]
     model, _ = m.load(make_folder(tmp_path / "model", name, **{**changes, "max_position_embeddings": 1024}))
     prompts = [list(range(10, 10 + n)) for n in (5, 290, 33)] + [[7] * 256]
     keys = [[(3, i, j) for j in range(1 + 2 * i)] for i in range(4)]
     params = m.SamplingParams(max_new_tokens=27)
-    expected, _ = sampled(model, prompts, keys, params)
-    replays = []
-
-    def record(self, size):
-        logits = self.decode(size).clone()
-
-        class Graph:
-            def replay(_):
-                replays.append(size)
-                logits.copy_(self.decode(size))
-
-        return Graph(), logits
-
-    monkeypatch.setattr(m, "use_varlen", lambda device, dtype: True)
-    monkeypatch.setattr(m, "varlen_attn", paged_oracle)
-    monkeypatch.setattr(m.DecodeGraphs, "record", record)
+    other = m.SamplingParams(max_new_tokens=27, top_p=0.5)
+    expected, expected_other = (sampled(model, prompts, keys, x)[0] for x in (params, other))
+    recorded = request.getfixturevalue("as_on_a_gpu")
     for options in ({"graphs": False}, {"graphs": True}, {"graphs": True, "batch_size": 5}):
+        recorded.clear()
         results, stats = sampled(model, prompts, keys, params, **options)
-        assert same(results, expected) and bool(replays) == options["graphs"]
+        assert same(results, expected) and bool(recorded) == options["graphs"]
         assert stats.generated == sum(len(c.ids) for row in results for c in row)
+        assert stats.prompt_tokens == sum(len(p) - 1 for p in prompts)
+    first = len(recorded)
+    unread = m.stream(model, prompts, keys, params, [2, 3], batch_size=5)
+    next(unread), next(unread)
+    assert same(sampled(model, prompts, keys, params, batch_size=5)[0], expected)  # beside the one above
+    recorded.clear()
+    assert same(sampled(model, prompts, keys, params, batch_size=5)[0], expected) and recorded == []
+    assert same(sampled(model, prompts, keys, other, batch_size=5)[0], expected_other) and len(recorded) == first
+    model.model.norm.weight.data = model.model.norm.weight.data.clone()  # as after model.to(...): graphs would read
+    recorded.clear()  # what lies where the weights were
+    assert same(sampled(model, prompts, keys, params, batch_size=5)[0], expected) and len(recorded) == first
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operators that are dispatched, without those that only view."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name not in ("aten::linear", "aten::rms_norm"):  # one kernel each on CUDA
+            with self:
+                done = function.decompose(*args, **(kwargs or {}))
+            if done is not NotImplemented:
+                return done
+        if not function.is_view and "empty" not in function._schema.name and "_unsafe" not in function._schema.name:
+            self.names.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+def decode_on_meta(n_layers, params, kind="qwen3"):
+    """The operators of one recorded step of 16 rows in bfloat16. On the meta device whatever needs data is an error."""
+    config = {"model_type": kind, **BASE, "num_hidden_layers": n_layers, "head_dim": 64}
+    with torch.device("meta"), torch.inference_mode():
+        model = m.Decoder(m.Config.from_dict(config)).to(torch.bfloat16)
+        cache = m.PagedCache(model.config, 50, 256, torch.bfloat16, torch.device("meta"))
+        graphs, model.rope_freq = m.DecodeGraphs(cache, 16, 3, ()), model.rope_freq.to("meta")
+        with Counter() as counter:
+            graphs.decode(model, params, 16)
+    return counter.names
+
+
+ALL_FILTERS = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.1}
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_a_decode_step_is_few_operators_and_waits_for_none(kind, monkeypatch):
+    """What a GPU's time goes into with few rows, counted.
+
+    Guards against: projections apart, a kernel for queries and one for keys, a second write to the cache; drawing that
+    looks at what it drew; a shape that depends on data.
+    """
+    calls = []
+
+    def attention(q, k, v, *places, **options):
+        calls.append((q, k, v, places, options))
+        return q.new_empty(q.shape)
+
+    monkeypatch.setattr(m, "use_varlen", lambda device, dtype, head_dim: True)
+    monkeypatch.setattr(m, "varlen_attn", attention)
+    two, three = (decode_on_meta(n, m.SamplingParams(temperature=0.7, top_p=0.9), kind) for n in (2, 3))
+    assert len(three) - len(two) + 1 <= 18, three  # and one for attention, which is a stand-in here
+    usual = {"temperature": 0.7, "top_k": 20, "top_p": 0.8}
+    for settings in ({}, {"temperature": 0}, {"top_p": 0.9}, usual, ALL_FILTERS):
+        # In float32: where logits are bfloat16, log_softmax reads them as they are on CUDA, but not on meta.
+        logits, u = torch.empty(16, 320, device="meta"), torch.empty(16, device="meta").double()
+        with torch.inference_mode(), Counter() as counter:
+            m.sample_token(logits, u, m.SamplingParams(**settings))
+        assert len(counter.names) <= (21 if settings is ALL_FILTERS else 20), counter.names
+    # Nothing reads from the device, and no mask selects; `index` is the page of each position and each row's last.
+    assert not {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::masked_select"} & set(two)
+    assert two.count("aten::index") == 2
+    for q, k, v, (ends, key_ends, longest, span), options in calls:
+        assert q.dtype == k.dtype == v.dtype == torch.bfloat16 and k.stride(-1) == v.stride(-1) == q.stride(-1) == 1
+        assert ends.dtype == key_ends.dtype == options["seqused_k"].dtype == options["block_table"].dtype == torch.int32
+        assert options["num_splits"] == 1 and longest == 1 and span == 3 * 256 and k.shape[1] == 256
 
 
 @pytest.mark.gpu
@@ -369,45 +431,9 @@ def test_on_a_gpu(tmp_path):
     for prompt, [completion, *_] in zip(prompts, eager):
         reference = m.load(folder)[0]
         with torch.no_grad():
-            log_p = reference.logits(reference(torch.tensor([prompt + completion.ids])))[0].log_softmax(-1)
+            log_p = reference.lm_head(reference(torch.tensor([prompt + completion.ids])))[0].log_softmax(-1)
         of_cpu = sum(log_p[len(prompt) + i - 1, token].item() for i, token in enumerate(completion.ids))
         assert completion.logprob == pytest.approx(of_cpu, abs=0.1 * len(completion.ids))
-
-
-@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_model_samples_the_same(dtype, capability, random_model, monkeypatch):
-    """Guards against: packed and merged products unlike the plain ones; float16 taken where it rounds, or never."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    half, halved = torch.ops.quantized, []
-    multiply = half.linear_dynamic_fp16
-    monkeypatch.setattr(half, "linear_dynamic_fp16", lambda x, w: halved.append(len(x)) or multiply(x, w))
-    model, packed = m.load(random_model)[0], m.load(random_model)[0]
-    for weight in (*model.parameters(), *packed.parameters()):
-        weight.data = weight.data.to(dtype).float()
-    m.pack(packed)
-    prompts, keys = [list(range(9, 80)), [11, 12]], [[(0, 0, j) for j in range(5)], [(0, 1, 0)]]
-    params = m.SamplingParams(max_new_tokens=50, top_p=0.9)
-    expected, _ = sampled(model, prompts, keys, params)
-    assert same(sampled(packed, prompts, keys, params)[0], expected)
-    possible = dtype == torch.bfloat16 and torch.backends.quantized.engine in ("x86", "fbgemm")
-    most = 0 if not possible else 6 if capability == "AVX512" else 71
-    assert max(halved, default=0) == most  # the six samples, or the prompts' tokens as well, all but the last of each
-
-
-@pytest.mark.parametrize("scale", [2.0**-30, 2.0**-9, 1.0, 2.0**20])
-def test_float16_holds_a_bfloat16_layer_exactly(scale):
-    """Guards against: weights that float16 rounds or that are too large for it, a power of two not taken back."""
-    if torch.backends.quantized.engine not in ("x86", "fbgemm"):
-        pytest.skip("needs FBGEMM")
-    generator = torch.Generator().manual_seed(0)
-    weight = (torch.randn(70, 50, generator=generator) * scale).bfloat16().float()
-    bias, x = torch.randn(70, generator=generator), torch.randn(5, 50, generator=generator) / scale
-    y = m.halve(weight, bias)(x)
-    torch.testing.assert_close(y.double(), x.double() @ weight.double().T + bias.double(), atol=1e-4, rtol=1e-5)
-    for damage in (weight[3, 4] * (1 + 2**-12), math.inf, math.nan):  # the first has a digit too many
-        weight[3, 4] = damage
-        assert m.halve(weight, bias) is None
 
 
 def test_filters_equal_a_full_sort():
@@ -426,7 +452,8 @@ def test_filters_equal_a_full_sort():
         kept[kept < params.min_p * kept[:, :1]] = 0
         weights = torch.zeros_like(probs).scatter(1, order, kept)
         expected = (weights.cumsum(-1) > u[:, None] * weights.sum(-1, keepdim=True)).double().argmax(-1)
-        token, logprob, _ = m.sample_token(logits.clone(), u, params)
+        token, logprob, _ = m.sample_token(logits.clone(), u.double(), params)
+        token = token.long()
         near = weights.gather(1, token[:, None])[:, 0] > 0  # in float32 the sums may cross u one token apart
         assert near.all() and ((token - expected).abs() <= (weights > 0).sum(-1) / 100).all(), setting
         assert (token == expected).sum() >= 5, setting
@@ -438,13 +465,13 @@ def test_sampled_frequencies_follow_the_distribution():
     logits = torch.tensor([[0.0, 2.0, 1.0, -1.0, -math.inf]])
     u = torch.from_numpy(m.uniforms(("frequencies",), 20000))
     for filters in ({}, {"top_k": 5}):
-        drawn, logprob, certainty = m.sample_token(logits.repeat(20000, 1), u, m.SamplingParams(**filters))
+        drawn, logprob, _ = m.sample_token(logits.repeat(20000, 1), u.double(), m.SamplingParams(**filters))
+        drawn = drawn.long()
         torch.testing.assert_close(logprob, logits[0].log_softmax(-1)[drawn])
-        assert certainty.isfinite().all()
         counts = torch.bincount(drawn, minlength=5) / 20000
         torch.testing.assert_close(counts, logits[0].softmax(-1), atol=0.015, rtol=0)
     # The largest number below 1 and an exact 0 draw possible tokens, not one beyond the end.
-    edge, *_ = m.sample_token(logits.repeat(2, 1), torch.tensor([0.0, 1 - 2**-24]), m.SamplingParams())
+    edge, *_ = m.sample_token(logits.repeat(2, 1), torch.tensor([0.0, 1 - 2**-24]).double(), m.SamplingParams())
     assert edge.tolist() == [0, 3]
 
 
@@ -455,8 +482,8 @@ def test_certainty_is_the_divergence_from_uniform(temperature):
     p = logits.double().log_softmax(-1)
     expected = (-math.log(700) - p).mean(-1)  # KL(uniform || p), arXiv 2502.18581
     params = m.SamplingParams(temperature=temperature, top_k=9)
-    *_, certainty = m.sample_token(logits.clone(), torch.full((5,), 0.5), params)
-    torch.testing.assert_close(certainty.double(), expected, atol=1e-4, rtol=1e-5)
+    *_, mean = m.sample_token(logits.clone(), torch.full((5,), 0.5).double(), params)
+    torch.testing.assert_close(-mean.double() - math.log(700), expected, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"temperature": 0.0}, {"temperature": 0.5, "top_k": 5}])
@@ -501,7 +528,7 @@ def test_real_model_equals_transformers(real_model):
     ids = torch.tensor([row + [0] * (max(lengths) - len(row)) for row in prompts])
     mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
     with torch.no_grad():
-        ours, expected = model.logits(model(ids)), reference(ids, attention_mask=mask.long()).logits
+        ours, expected = model.lm_head(model(ids)), reference(ids, attention_mask=mask.long()).logits
     torch.testing.assert_close(ours[mask], expected[mask], atol=1e-4, rtol=0)
 
     params = m.SamplingParams(temperature=0.0, max_new_tokens=64)
@@ -582,10 +609,10 @@ def test_saved_folder_loads_in_transformers(tmp_path):
     again, _ = m.load(tmp_path / "b")
     ids, _ = ragged(BASE["vocab_size"], [20])
     with torch.no_grad():
-        ours = again.logits(again(ids))
-        torch.testing.assert_close(ours, model.logits(model(ids)), atol=0, rtol=0)
+        ours = again.lm_head(again(ids))
+        torch.testing.assert_close(ours, model.lm_head(model(ids)), atol=0, rtol=0)
         torch.testing.assert_close(ours, theirs(tmp_path / "b")(ids).logits, atol=1e-4, rtol=0)
-    assert again.fingerprint() == model.fingerprint() != m.load(folder)[0].fingerprint()
+    assert sample.fingerprint(again) == sample.fingerprint(model) != sample.fingerprint(m.load(folder)[0])
 
 
 def test_weights_that_do_not_fit_are_listed(tmp_path):
@@ -625,10 +652,8 @@ def test_folders_that_are_no_models(tmp_path):
     with pytest.raises(InputError, match="cannot be read as safetensors"):
         m.load(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="so no weights"):
+    with pytest.raises(InputError, match="model.safetensors: cannot be read"):
         m.load(folder)
-    with pytest.raises(InputError, match="did you mean qwen-1.5b"):
-        m.load("qwen-1.5")
 
 
 def test_stop_ids_come_from_the_generation_config(tmp_path, random_model):

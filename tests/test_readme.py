@@ -13,7 +13,6 @@ from conftest import ROOT, make_folder, write_tokenizer
 from test_train import data  # noqa: F401  a fixture
 
 import evaluate
-import model as m
 import sample
 from evaluate import read_json
 
@@ -33,7 +32,7 @@ def test_readme_commands_run(data, tmp_path, monkeypatch):  # noqa: F811
     rows = [{"id": i, "problem": f"{i}?", "answer": "1"} for i in range(4)]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, folder in (("qwen-1.5b", student), ("qwen-7b", teacher)):
-        monkeypatch.setitem(m.ALIASES, name, (str(folder), *m.ALIASES[name][1:]))
+        monkeypatch.setitem(sample.ALIASES, name, (str(folder), *sample.ALIASES[name][1:]))
     for name in ("gsm8k", "gsm8k-train", *evaluate.SUITES["math"][:-1]):
         monkeypatch.setitem(sample.BENCHMARKS, name, (None, "problems.jsonl"))
 

@@ -24,7 +24,7 @@ def test_tiny_world_is_ordinary():
         model, tokenizer = m.load(str(TINY / name))
         ids = torch.tensor([tokenizer.encode_chat("Naïve text, {braces} and 123 ☃")[1]])
         with torch.no_grad():
-            torch.testing.assert_close(model.logits(model(ids)), theirs(TINY / name)(ids).logits, atol=1e-4, rtol=0)
+            torch.testing.assert_close(model.lm_head(model(ids)), theirs(TINY / name)(ids).logits, atol=1e-4, rtol=0)
         assert tokenizer.decode(tokenizer.encode("Naïve ☃ \\boxed{12}")) == "Naïve ☃ \\boxed{12}"
     files = {name: read_jsonl(TINY / f"{name}.jsonl") for name in ("test", "train", "valid", "differences")}
     problems = [row["problem"] for rows in files.values() for row in rows]
@@ -62,7 +62,7 @@ def test_shipped_models_do_what_is_claimed(name, tmp_path):
     for key, percent in claimed()[name].items():
         error = max(2.0, 100 * (row[key] * (1 - row[key]) / 200) ** 0.5)
         assert abs(100 * row[key] - percent) < 4 * error, f"{key} {100 * row[key]:.1f}%, {percent}% in the table"
-    if TINY / name == m.find_model("tiny"):
+    if TINY / name == sample.find_model("tiny"):
         assert row["gap"]["ci95"][1] < 0  # claim 1
 
 

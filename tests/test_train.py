@@ -182,7 +182,7 @@ def test_loss_of_a_pack_is_that_of_each_row_alone(kind, tmp_path):
     model, _ = m.load(folder)
     rows, expected = rows_of(*ROWS), [0.0, 0.0]
     for row in rows:
-        logits = model.logits(model(torch.tensor([row.prompt + row.completion])))[0].log_softmax(-1)
+        logits = model.lm_head(model(torch.tensor([row.prompt + row.completion])))[0].log_softmax(-1)
         for i, token in enumerate(row.completion):
             expected[row.task] -= logits[len(row.prompt) + i - 1, token].item()
     loss, losses = train.task_losses(model, rows, torch.tensor([2.0, 0.5]))
@@ -255,7 +255,7 @@ def test_activation_checkpointing_changes_no_weight(student, tmp_path):
 def test_sharded_in_bfloat16_keeps_float32_weights(random_model):
     """What a GPU does, on one CPU process: weights, gradients and moments float32, compute bfloat16, tied matrices."""
     rows, scale = rows_of(*ROWS), torch.tensor([0.1, 0.1])
-    model, _ = m.load("tiny")
+    model, _ = m.load(sample.find_model("tiny"))
     expected = train.task_losses(model, rows, scale)[1]
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -481,7 +481,7 @@ def test_trained_folder(data, student, tmp_path, capsys):
     model, tokenizer = m.load(out)
     ids = torch.tensor([tokenizer.encode_chat("What is 2 + 2?")[1]])
     with torch.no_grad():
-        torch.testing.assert_close(model.logits(model(ids)), theirs(out)(ids).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(model.lm_head(model(ids)), theirs(out)(ids).logits, atol=1e-4, rtol=0)
     before = (out / "model.safetensors").read_bytes()
     train.main(flags)
     assert "trained already" in capsys.readouterr().out
@@ -500,10 +500,10 @@ def test_export_in_shards(tie, tmp_path):
     index = read_json(tmp_path / "b" / "model.safetensors.index.json")
     assert len(shards) > 3 and sorted(set(index["weight_map"].values())) == shards
     again, _ = m.load(tmp_path / "b")
-    assert again.fingerprint() == model.fingerprint()
+    assert sample.fingerprint(again) == sample.fingerprint(model)
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
-        torch.testing.assert_close(model.logits(model(ids)), theirs(tmp_path / "b")(ids).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(model.lm_head(model(ids)), theirs(tmp_path / "b")(ids).logits, atol=1e-4, rtol=0)
 
 
 def test_validation_is_apart(data, student, tmp_path):
@@ -576,7 +576,7 @@ def test_bad_input_gets_a_line_before_any_time_is_spent(data, student, tmp_path,
     fails("no right solution or refinement", files=(wrong, wrong))
 
     path = write_rows(tmp_path / "y.refined.jsonl", lines)
-    for weights, good in (("0123456789abcdef", False), (m.load(student)[0].fingerprint(torch.bfloat16), True)):
+    for weights, good in (("0123456789abcdef", False), (sample.fingerprint(m.load(student)[0], torch.bfloat16), True)):
         meta_path(path).write_text(json.dumps({"candidates_by": weights}))
         if not good:
             with monkeypatch.context() as patch:
@@ -596,10 +596,13 @@ def test_bad_input_gets_a_line_before_any_time_is_spent(data, student, tmp_path,
 
 def test_a_gpu_without_a_number_is_the_process_own(monkeypatch):
     """Guards against: --device cuda, which torch.cuda.set_device refuses, and which is GPU 0 for every process."""
+    current = []  # CUDA graphs are recorded on the current device, which has to be the model's
     monkeypatch.setattr(m.torch, "empty", lambda *_, device: None)
+    monkeypatch.setattr(m.torch.cuda, "set_device", current.append)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert m.pick_device("cuda", "auto") == (torch.device("cuda:3"), torch.bfloat16)
-    assert m.pick_device("cuda:1", "auto")[0].index == 1 and m.pick_device("cpu", "auto")[1] == torch.float32
+    assert sample.pick_device("cuda", "auto") == (torch.device("cuda:3"), torch.bfloat16)
+    assert sample.pick_device("cuda:1", "auto")[0].index == 1 and sample.pick_device("cpu", "auto")[1] == torch.float32
+    assert current == ["cuda:3", "cuda:1"]
 
 
 def test_missing_data_are_made_and_kept(random_model, tmp_path, monkeypatch, capsys):
@@ -617,7 +620,7 @@ def test_missing_data_are_made_and_kept(random_model, tmp_path, monkeypatch, cap
         len(read_jsonl(folder / "teacher.candidates.jsonl")) == len(read_jsonl(folder / "teacher.refined.jsonl")) == 3
     )
     made = read_json(folder / "teacher.refined.meta.json")
-    assert made["candidates_by"] == m.load(random_model)[0].fingerprint()
+    assert made["candidates_by"] == sample.fingerprint(m.load(random_model)[0])
     assert capsys.readouterr().out.count("python sample.py --model") == 2
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*.jsonl")}
     with pytest.raises(InputError, match="no right solution"):
@@ -678,6 +681,6 @@ def test_real_model_overfits(real_model, problem_files, tmp_path):
     model, tokenizer = m.load(tmp_path / "t")
     ids = torch.tensor([tokenizer.encode_chat("What is 2 + 2?")[1]])
     with torch.no_grad():
-        ours, reference = model.logits(model(ids)), theirs(tmp_path / "t")(ids).logits
+        ours, reference = model.lm_head(model(ids)), theirs(tmp_path / "t")(ids).logits
     # Rounding: logits of up to 30 have been seen to differ by 1.3e-4, a hundred of two million.
     torch.testing.assert_close(ours, reference, atol=5e-4, rtol=0)

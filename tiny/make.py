@@ -332,7 +332,7 @@ def row_losses(model, tokenizer, rows):
     # On a CPU, plain attention is faster than the fused kernel for short rows, and slower for long ones.
     kernel = SDPBackend.MATH if length < 280 else SDPBackend.FLASH_ATTENTION
     with sdpa_kernel(kernel), torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model.logits(model(ids)[at])  # [B, T, C] -> [M, C] -> [M, V]
+        logits = model.lm_head(model(ids)[at])  # [B, T, C] -> [M, C] -> [M, V]
     losses = F.cross_entropy(logits.float(), ids.roll(-1, 1)[at], reduction="none")
     return losses, weights[at], at.nonzero()[:, 0], sum(map(len, parts))
 
