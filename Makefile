@@ -2,14 +2,15 @@
 # make demo    the whole method on the built-in tiny model, in minutes on a CPU
 # make study   the paper's claims on the built-in tiny models, on three seeds, in about an hour; stopped, it goes on
 # make test    the tests
-# make bench   the sampler beside other engines, training beside other loops; GSR_REAL_MODEL is the folder of
-#              SmolLM2-135M-Instruct, and GSR_PROBLEMS has svamp.jsonl; RIVALS="--llama ... --gguf ..." adds others
+# make bench   sampling and training on a CPU, beside transformers; GSR_REAL_MODEL is the folder of
+#              SmolLM2-135M-Instruct, and GSR_PROBLEMS has gsm8k.jsonl and svamp.jsonl
+# make bench-gpu   both on one GPU, minutes, with nothing but this folder; RIVALS=--transformers adds it there
 PYTHON ?= python3
 PY := .venv/bin/python
 RUN := runs/tiny
 
 setup: .venv/installed
-.PHONY: setup demo study test bench
+.PHONY: setup demo study test bench bench-gpu
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -38,5 +39,9 @@ test: .venv/installed-test
 	$(PY) -m pytest -q
 
 bench: .venv/installed-test
-	$(PY) bench/sampling.py $(RIVALS)
-	$(PY) bench/training.py
+	$(PY) bench/sampling.py --device cpu
+	$(PY) bench/training.py --device cpu
+
+bench-gpu: .venv/installed
+	@$(PY) bench/sampling.py --device cuda --only speed --out runs/bench/gpu-sampling $(RIVALS)
+	@$(PY) bench/training.py --device cuda --out runs/bench/gpu-training $(RIVALS)

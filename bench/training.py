@@ -1,31 +1,31 @@
 """How fast train.py trains, beside other loops, on the machine at hand.
 
-    python bench/training.py --model FOLDER --rounds 3                  about three minutes a round on two cores
-    python bench/training.py --trl .venv-trl/bin/python                 with trl's packing too
-    python bench/training.py --model qwen2.5-1.5b --max-length 8192     its shape with random weights, on a GPU
+    python bench/training.py --model FOLDER     on a CPU, the second half of make bench
+    python bench/training.py --device cuda      on a GPU, the second half of make bench-gpu
 
-Each loop runs in a process of its own, which loads the model once and then waits; the rounds go from one to the next,
-so that a slow minute of the machine hits all alike, and medians are compared. A round is one optimizer step on the
-same rows for all, in the same precision, with AdamW (fused), clipping and a loss on completions alone:
+Each loop runs in a process of its own, which loads the model once and then waits; the rounds go
+from one to the next, so that a slow minute of the machine hits all alike, and medians are compared.
+A round is one optimizer step on the same rows for all, in the same precision, with AdamW (fused),
+clipping and a loss on completions alone:
 
-    ours       train.py: rows end to end in packs of --max-length, logits of learned positions in chunks
-    shuffled   transformers, batches of --batch-size rows in random order, padded to their longest
+    ours       train.py: rows end to end in packs of --max-length, logits where there is a loss
+    shuffled   transformers, rows in random order, --batch-size at a time, padded to their longest
     grouped    the same with rows of similar length together, as from 200 rows sorted by length
-    trl        SFTTrainer's packing into --max-length, its own loss
 
-The rows: prompts of train.py made from SVAMP problems, with solutions and candidates written from a few sentences so
-that lengths are those of real ones: half solve rows of 150 to 250 tokens, half refine rows of 500 to 1,200.
+The rows: prompts of train.py made from SVAMP problems, with solutions and candidates written from a
+few sentences so that lengths are those of real ones: half solve rows of 150 to 250 tokens, half
+refine rows of 500 to 1,200. Without a tokenizer to make them, as on a GPU, they are random ids of
+such lengths, in four packs. The MFU counts what train.py counts, against the maker's number.
 """
 
 import argparse
 import contextlib
 import ctypes
+import itertools
 import json
 import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -33,7 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-from sampling import SHAPES, memory  # noqa: E402
+from sampling import SHAPES, Engine, machine, memory, pick, random_model, serve, show  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------
 # Rows
@@ -57,27 +57,28 @@ def solution(problem, answer, rng, sentences):
 
 
 def make_rows(args, round):
-    """The rows of a round -> (solve rows, refine rows), each (prompt ids, completion ids), of similar length.
+    """The rows of a round -> batches of similar length, a solve batch and a refine batch.
 
-    200 rows of each task are sorted by length, and a batch of neighbours is taken: what grouping by length would get.
+    200 rows of each task are sorted by length, and neighbours taken: what grouping would get.
     """
     import model as m
     import sample
     import train
 
-    folder = Path(args.tokenizer)
-    tokenizer = m.Tokenizer(folder, m.Config.from_dict(sample.read_json(folder / "config.json")))
+    config = m.Config.from_dict(sample.read_json(Path(args.tokenizer) / "config.json"))
+    tokenizer, room = m.Tokenizer(args.tokenizer, config), args.max_length
     rng = random.Random(f"round {round}")
-    problems = rng.sample(sample.load_problems(args.problems), 200)
     rows = [[], []]
-    for number, problem in enumerate(problems):
+    for number, problem in enumerate(rng.sample(sample.load_problems(args.problems), 200)):
         text, answer = problem["problem"], problem["answer"]
         solved = {"text": solution(text, answer, rng, rng.randint(3, 6))}
-        rows[0].append(train.make_row(0, problem, number, solved, tokenizer, args.max_length))
+        rows[0].append(train.make_row(0, problem, number, solved, tokenizer, room))
         answers = [rng.choice((answer, "17")) for _ in range(rng.randint(3, 6))]
-        problem = {**problem, "candidates": [{"text": solution(text, a, rng, rng.randint(3, 8))} for a in answers]}
-        refined = {"text": solution(text, answer, rng, rng.randint(4, 8)), "order": list(range(len(answers)))}
-        rows[1].append(train.make_row(1, problem, number, refined, tokenizer, args.max_length))
+        candidates = [{"text": solution(text, a, rng, rng.randint(3, 8))} for a in answers]
+        problem = {**problem, "candidates": candidates}
+        refined = {"text": solution(text, answer, rng, rng.randint(4, 8))}
+        refined["order"] = list(range(len(answers)))
+        rows[1].append(train.make_row(1, problem, number, refined, tokenizer, room))
     picked = []
     for of_task in rows:
         of_task.sort(key=train.length_of)
@@ -86,58 +87,68 @@ def make_rows(args, round):
     return picked
 
 
+def random_rows(args, round):
+    """The same of random ids, as many as four packs hold with some room to spare."""
+    import train
+
+    rng, rows, room = random.Random(f"round {round}"), [], int(3.87 * args.max_length)
+    for task in itertools.cycle((0, 1)):
+        sizes = rng.randint(*((70, 100), (420, 1000))[task]), rng.randint(80, (150, 200)[task])
+        row = train.Row(task, *([rng.randrange(10, 49000) for _ in range(n)] for n in sizes))
+        room -= train.length_of(row)
+        if room < 0:
+            break
+        rows.append(row)
+    rows.sort(key=train.length_of)
+    return [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
+
+
 # ------------------------------------------------------------------------------------------------
-# The loops: each a function that loads the model and returns a function from rows to nothing, which is timed
+# The loops: each a function that loads the model and returns a function from rows to nothing
 
 
 def ours(args):
     import torch
 
     import model as m
+    import sample
     import train
 
-    device, dtype = m.pick_device(args.device, "auto")
+    device, dtype = sample.pick_device(args.device, "auto")
     if args.model in SHAPES:
-        torch.manual_seed(0)
-        model = m.Decoder(m.Config.from_dict(SHAPES[args.model]))
-        with torch.no_grad():
-            for weight in model.parameters():
-                if weight.dim() > 1:
-                    weight.normal_(0, 0.02)
+        model = random_model(args.model, device, torch.float32)
     else:
         model, _ = m.load(args.model)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+        torch.distributed.init_process_group("nccl", **alone)
     weights = train.prepare(model, device, 1, dtype, False)
     optimizer = train.start_optimizer(weights, 1e-5)
 
     def run(batches):
         rows = [row for batch in batches for row in batch]
         scale = 1 / torch.tensor(train.learned_tokens(rows), device=device)
-        train.update(model, weights, optimizer, train.packs_of(rows, args.max_length, 1), scale, 1e-5)
+        packs = train.packs_of(rows, args.max_length, 1)
+        train.update(model, weights, optimizer, packs, scale, 1e-5)
 
     return run
 
 
-def theirs(args):
-    """transformers' model, in the precision that a Trainer gives it: float32, on CUDA with bfloat16 autocast."""
+def padded(args):
+    """transformers' model as a Trainer has it: float32, on CUDA with bfloat16 autocast."""
     import torch
     import transformers
 
+    auto = transformers.AutoModelForCausalLM
     if args.model in SHAPES:
-        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**SHAPES[args.model]))
+        model = auto.from_config(transformers.AutoConfig.for_model(**SHAPES[args.model]))
     else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    model.config.use_cache = False  # as its Trainer sets it: else keys and values are copied into a cache
-    return model.float().train().to("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def padded(args):
-    import torch
-
-    model = theirs(args)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+        model = auto.from_pretrained(args.model, dtype=torch.float32)
+    model.config.use_cache = False  # else keys and values are copied into a cache
+    model = model.float().train().to(args.device)
+    how = {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.01, "fused": True}
+    optimizer, on_gpu = torch.optim.AdamW(model.parameters(), **how), args.device != "cpu"
 
     def run(batches):
         total = sum(len(row.completion) for batch in batches for row in batch)
@@ -151,8 +162,9 @@ def padded(args):
                 labels[i, len(row.prompt) : n] = torch.tensor(row.completion)
                 mask[i, :n] = 1
             ids, mask, labels = (x.to(model.device) for x in (ids, mask, labels))
-            with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
-                loss = model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=total).loss
+            given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+            with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
+                loss = model(**given, num_items_in_batch=total).loss
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -161,156 +173,117 @@ def padded(args):
     return run
 
 
-def trl(args):
-    import datasets
-    import torch
-    import transformers
-    import trl
-
-    model = theirs(args)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
-
-    def run(batches):
-        rows = [row for batch in batches for row in batch]
-        data = {"input_ids": [row.prompt + row.completion for row in rows]}
-        data["completion_mask"] = [[0] * len(row.prompt) + [1] * len(row.completion) for row in rows]
-        config = trl.SFTConfig(
-            output_dir=f"{args.out}.trl",
-            packing=True,
-            max_length=args.max_length,
-            per_device_train_batch_size=1,
-            completion_only_loss=True,
-            gradient_checkpointing=False,
-            bf16=model.device.type == "cuda",
-            use_cpu=model.device.type == "cpu",
-            report_to=[],
-        )
-        trainer = trl.SFTTrainer(
-            model, config, train_dataset=datasets.Dataset.from_dict(data), processing_class=tokenizer
-        )
-        trainer.current_gradient_accumulation_steps = 1  # what its train() would set
-        batches = list(trainer.get_train_dataloader())
-        started = time.perf_counter()  # packing and setting up its trainer are not counted
-        for batch in batches:
-            trainer.training_step(model, batch, num_items_in_batch=None)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return started
-
-    return run
+LOOPS = {"ours": ours, "shuffled": padded, "grouped": padded}
 
 
-LOOPS = {"ours": ours, "shuffled": padded, "grouped": padded, "trl": trl}
-
-
-def work(args):
-    """The process of one loop: the number of a round in, a line of results out, until there is no more."""
-    results, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints goes elsewhere
+def loop(args):
+    """A loop -> the function from a line, a round's number and how much of it, to its results."""
     import torch
 
-    run, first = LOOPS[args.loop](args), True
-    print("{}", file=results, flush=True)
-    for line in sys.stdin:
-        batches = make_rows(args, int(line))
-        batches = batches[:1] if first else batches  # a solve batch warms up
-        first = False
+    import model as m
+    import train
+
+    run, on_gpu = LOOPS[args.loop](args), args.device != "cpu"
+    raw = SHAPES.get(args.model) or json.loads((Path(args.model) / "config.json").read_text())
+    config = m.Config.from_dict(raw)
+
+    def step(number, n_batches):
+        batches = (make_rows if args.tokenizer else random_rows)(args, number)[:n_batches]
         rows = [row for batch in batches for row in batch]
         if args.loop != "grouped":
             random.Random(0).shuffle(rows)
             batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
-        if torch.cuda.is_available():
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        else:  # the peak from here on: Linux takes a 5 to start counting again
-            Path("/proc/self/clear_refs").write_text("5")
-        started = time.perf_counter()
-        started = run(batches) or started
-        if torch.cuda.is_available():
             torch.cuda.synchronize()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak from here on, to Linux
+        started = time.perf_counter()
+        run(batches)
+        torch.cuda.synchronize() if on_gpu else None
         seconds = time.perf_counter() - started
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory("VmHWM")
+        peak = torch.cuda.max_memory_allocated() if on_gpu else memory("VmHWM")
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system, for the next loop
-        lengths = [len(row.prompt) + len(row.completion) for row in rows]
-        done = {"seconds": seconds, "peak": peak, "tokens": sum(lengths), "lengths": lengths}
-        print(json.dumps({**done, "learned": sum(len(row.completion) for row in rows)}), file=results, flush=True)
+            ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, for the next loop
+        lengths, learned = list(map(train.length_of, rows)), sum(train.learned_tokens(rows))
+        work = train.flops(config, sum(lengths), learned, sum(n * n for n in lengths))
+        done = {"seconds": seconds, "peak": peak, "flops": work, "learned": learned}
+        return {**done, "tokens": sum(lengths) + len(rows)}
 
-
-class Loop:
-    """The other end of `work`."""
-
-    def __init__(self, name, args):
-        python = args.trl if name == "trl" else sys.executable
-        command = [python, __file__, "--loop", name]
-        for flag in ("model", "tokenizer", "problems", "device", "batch_size", "max_length", "out"):
-            command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
-        log = open(f"{args.out}.{name}.log", "a")
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
-        self.name = name
-        self.read()
-
-    def read(self):
-        line = self.process.stdout.readline()
-        return json.loads(line) if line else sys.exit(f"the loop {self.name!r} stopped; see its log")
-
-    def run(self, round):
-        self.process.stdin.write(f"{round}\n")
-        self.process.stdin.flush()
-        return self.read()
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
+    return lambda line: step(**json.loads(line))
 
 
 # ------------------------------------------------------------------------------------------------
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    real, here = os.environ.get("GSR_REAL_MODEL"), os.environ.get("GSR_PROBLEMS")
-    parser.add_argument("--model", default=real, help="folder of SmolLM2-135M-Instruct, or a shape of sampling.py's")
-    parser.add_argument("--tokenizer", default=real, help="folder whose tokenizer makes the rows (default: the same)")
-    problems = f"{here}/svamp.jsonl" if here else None
-    parser.add_argument("--problems", default=problems, help="svamp.jsonl, problems with answers")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--first", type=int, default=0, help="number of the first round, which chooses its rows")
-    parser.add_argument("--batch-size", type=int, default=4, help="rows of a padded batch; a step has two (default: 4)")
-    parser.add_argument("--max-length", type=int, default=2048, help="of a pack, ours and trl's (default: 2048)")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--trl", help="a python that has trl")
-    parser.add_argument("--out", default="runs/bench/training")
-    parser.add_argument("--loop", choices=LOOPS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.loop:
-        return work(args)
-    if not args.model or not args.tokenizer or not args.problems:
-        sys.exit("error: give --model and --problems, or set GSR_REAL_MODEL and GSR_PROBLEMS")
+def compare(args, model, names, report):
+    """The loops in turns on one model; a line of the table for each."""
     import torch
 
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    loops = [Loop(name, args) for name in LOOPS if name != "trl" or args.trl]
-    rounds = {loop.name: [] for loop in loops}
-    for round in range(args.rounds + 1):
-        for loop in loops:
-            done = loop.run(args.first + round)
-            if round:  # the first one warms up
-                rounds[loop.name].append(done)
-    for loop in loops:
-        loop.close()
+    import train
 
-    print(f"{'trained tokens a second':30}{'median':>10}{'ours is':>10}{'peak, MiB':>12}{'ours is':>10}")
+    engines, rounds = {}, {name: [] for name in names}
+    for name in names:
+        command = [sys.executable, __file__, "--loop", name, "--model", model]
+        for flag in ("tokenizer", "problems", "device", "batch_size", "max_length", "out"):
+            value = getattr(args, flag)
+            command += [f"--{flag.replace('_', '-')}", str(value)] if value else []
+        engines[name] = Engine(command, f"{args.out}.{name}.log")
+    on_gpu = args.device != "cpu"
+    for round in range(args.rounds + 1):
+        for name, engine in engines.items():
+            few = 1 if round == 0 and not on_gpu else None  # on a CPU, a batch is enough to warm up
+            done = engine.run(number=args.first + round, n_batches=few)
+            rounds[name] += [done] if round else []
+    for engine in engines.values():
+        engine.close()
+    device = torch.cuda.get_device_name() if on_gpu else ""
+    peak = next((x for word, x in train.PEAKS.items() if word in device), None)
+    label = Path(model).name.removeprefix("gsr-")[:12]
     for name, done in rounds.items():
-        rate = statistics.median(x["tokens"] / x["seconds"] for x in done)
-        ratio = statistics.median(
-            theirs["seconds"] / ours["seconds"] for theirs, ours in zip(done, rounds["ours"], strict=True)
-        )
-        peak, our_peak = (max(x["peak"] for x in rounds[n]) for n in (name, "ours"))
-        print(f"{name:30}{rate:10.1f}{ratio:9.2f}x{peak >> 20:12}{our_peak / peak:9.2f}x")
-    machine = {"machine": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))}
-    machine |= {"torch": torch.__version__, "model": Path(args.model).name, "date": time.strftime("%Y-%m-%d")}
-    Path(f"{args.out}.json").write_text(json.dumps({**machine, "rounds": rounds}, indent=1) + "\n")
+        seconds = [x["seconds"] for x in done]
+        ratio = statistics.median(a / b["seconds"] for a, b in zip(seconds, rounds["ours"]))
+        ratio = "" if name == "ours" else f"{ratio:.2f}x"
+        rate, work = ([x[of] / x["seconds"] for x in done] for of in ("tokens", "flops"))
+        rate, mfu = statistics.median(rate), f"{statistics.median(work) / peak:.1%}" if peak else ""
+        most = max(x["peak"] for x in done) / 2**30
+        step = 1000 * statistics.median(seconds)
+        show(f"{label}, {name}", f"{rate:,.0f}", ratio, f"{step:,.0f}", mfu, "", f"{most:.1f}")
+    report["works"].append({"model": label, "rounds": rounds})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    add, real, here = parser.add_argument, *map(os.environ.get, ("GSR_REAL_MODEL", "GSR_PROBLEMS"))
+    add("--model", help="folder of SmolLM2-135M-Instruct, or a shape of sampling.py's")
+    add("--tokenizer", help="folder whose tokenizer makes the rows (default: that of --model)")
+    add("--problems", default=f"{here}/svamp.jsonl" if here else None, help="svamp.jsonl")
+    add("--rounds", type=int, default=3)
+    add("--first", type=int, default=0, help="number of the first round, which chooses its rows")
+    add("--batch-size", type=int, default=4, help="rows of a padded batch (default: 4)")
+    add("--max-length", type=int, help="of a pack (default: 2048; 8192 on a GPU)")
+    add("--device", default="auto")
+    add("--transformers", action="store_true", help="on a GPU too")
+    add("--out", default="runs/bench/training")
+    add("--loop", choices=LOOPS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.loop:
+        return serve(lambda: loop(args))
+    args.device = pick(args.device)
+    on_gpu = args.device != "cpu"
+    models = [args.model] if args.model else ["qwen2.5-1.5b", "qwen2.5-0.5b"] if on_gpu else [real]
+    if not args.tokenizer and models[0] not in SHAPES:
+        args.tokenizer = models[0]
+    if not models[0] or (args.tokenizer and not args.problems):
+        sys.exit("error: give --model and --problems, or set GSR_REAL_MODEL and GSR_PROBLEMS")
+    args.max_length = args.max_length or (8192 if on_gpu else 2048)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    names = ["ours", *["shuffled", "grouped"] * (args.transformers or not on_gpu)]
+    report = {**machine(args.device), "works": []}
+    show("training, loop", "tokens/s", "ours is", "ms a step", "MFU", "", "peak, GiB")
+    for model in models:
+        compare(args, model, names, report)
+    Path(f"{args.out}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
