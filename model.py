@@ -534,8 +534,8 @@ def draw_filtered(log_p, u, params, likeliest=0):
         lowest, (ids, order) = least_kept(ordered, p, params), ids.sort()  # vocabulary's order
         weights = p.masked_fill_(ordered < lowest, 0).gather(-1, order)
         token = ids.gather(-1, invert(weights, u))
-        if len(wide := (lowest == ordered[:, -1:]).nonzero()[:, 0]):  # all pass, so others may
-            token[wide] = draw_filtered(log_p[wide], u[wide], params)
+        for i in (lowest == ordered[:, -1:]).nonzero()[:, 0]:  # all of them pass, so others may
+            token[i] = draw_filtered(log_p[i : i + 1], u[i : i + 1], params)  # one fits the cache
         return token
     if params.top_k:
         ordered = log_p.topk(min(params.top_k, log_p.shape[1])).values  # [B, k]
