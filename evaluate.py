@@ -5,9 +5,8 @@
     python evaluate.py --show test-7 after.refined.jsonl                           one problem, on the terminal
     python evaluate.py --suite math --model qwen-1.5b --n 8 --limit 100            sample, refine and report
 
-Writes report.json, report.md and figures. Reading order: files, answers, grading, voting, estimators, the
-gap, the report, figures, the suite. The other four files import the grading and the file reading from
-here; this file imports none of them.
+Writes report.json, report.md and figures. Reading order: voting, estimators, the gap, the report, figures,
+the suite. Which answers mean the same is what grade.py says.
 
 What is compared, for problems with N candidates and K refinements each, on the same candidates throughout:
 
@@ -30,395 +29,31 @@ paired. A vote on raw strings would split equal answers, understate voting and f
 
 import argparse
 import dataclasses
-import functools
 import itertools
-import json
 import math
-import os
-import re
-import select
 import shlex
-import signal
 import subprocess
 import sys
 import textwrap
 import time
-import zlib
-from collections import deque
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------------
-# Files and errors, shared by all stages
-
-
-class InputError(Exception):
-    """Something that the user gave cannot be used. The message is one line: the thing, its value, the next step."""
-
-
-def command_line(main):
-    """Run main(): exit code 2 and one line for an InputError, 130 for Ctrl-C, a traceback for our own mistakes."""
-    try:
-        main()
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
-
-
-def each_row(path, keys=()):
-    """The rows of a JSONL file, one at a time: dicts that have all of `keys` and, if they have one, a unique id."""
-    seen, rows = {}, 0
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line.decode())
-                except UnicodeDecodeError as e:
-                    raise InputError(f"{path}, line {number}: not UTF-8 text ({e.reason} at byte {e.start})")
-                except ValueError as e:
-                    torn = "" if line.endswith(b"\n") else "; the file ends in the middle of it"
-                    raise InputError(f"{path}, line {number}: not valid JSON ({e}){torn}")
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}, line {number}: not a JSON object but {line.decode().strip()[:40]!r}")
-                for key in keys:
-                    if key not in row or (key == "id" and row["id"] is None):
-                        raise InputError(f"{path}, line {number}: no {key!r} in it, only {', '.join(row)}")
-                name, rows = row.get("id"), rows + 1
-                if name is not None and (first := seen.setdefault(str(name), number)) != number:
-                    raise InputError(f"{path}, line {number}: id {name!r} already stands on line {first}")
-                yield row
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror})")
-    if not rows:
-        raise InputError(f"{path}: no rows in it")
-
-
-def read_jsonl(path, keys=()):
-    """All rows of a JSONL file, as `each_row` gives them."""
-    return list(each_row(path, keys))
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read as JSON ({e})")
-
-
-def meta_path(out):
-    """The record beside an output: x.candidates.jsonl -> x.candidates.meta.json, folder -> folder.meta.json."""
-    return Path(str(out).removesuffix(".jsonl") + ".meta.json")
-
-
-def write_json(path, data):
-    """Write `data` to `path` so that a reader sees the old file or the new one, never half of it."""
-    partial = Path(f"{path}.partial")
-    try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror}); choose another --out")
-
-
-# ------------------------------------------------------------------------------------------------
-# From a text to its answer
-
-
-def strip_thinking(text, prompt=""):
-    """The part of a completion that is meant for the reader: without <think>...</think>.
-
-    Some templates open the thought themselves, at the end of `prompt`. A thought that was cut off before
-    </think> takes all that follows with it.
-    """
-    if prompt.rstrip().endswith("<think>"):
-        text = "<think>" + text
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
-    text = text.partition("<think>")[0]  # a thought never closed
-    return text.rpartition("</think>")[2].strip()  # one never opened
-
-
-def extract_answer(text):
-    r"""The content of the last \boxed{...} of a text, or None.
-
-    A last box that is not closed (cut off by the length limit) is no answer: an earlier box held some
-    intermediate result, and taking it would turn accidents into answers.
-    """
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth, start = 0, start + len("\\boxed")
-    for mark in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):  # \{ and \} are characters of the answer
-        depth += {"{": 1, "}": -1}.get(mark[0], 0)
-        if depth == 0:
-            return text[start + 1 : start + mark.start()].strip() or None
-    return None
-
-
-def answer_of(completion, prompt=""):
-    """The answer in a candidate or a refinement (a dict with "text"), or None."""
-    return extract_answer(strip_thinking(completion["text"], prompt))
-
-
-# ------------------------------------------------------------------------------------------------
-# Grading
-
-
-TEXT = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)"
-NUMBER = re.compile(
-    r"([+-]?)(?:(?=\.?\d)(\d{0,40})\.?(\d{0,40})"  # 27, 27.0, .5
-    r"(?:(?:[eE]|\s*(?:\\times|\\cdot)\s*10\s*\^\s*)(\{[+-]?\d{1,3}\}|[+-]?\d{1,3}))?"  # 1e-5, 1 \times 10^{-5}
-    r"|\\frac\{([+-]?\d{1,40})\}\{(\d{1,40})\}|\\frac\s*(\d)\s*(\d)|(\d{1,40})/(\d{1,40}))"  # \frac{1}{2}, \frac12, 1/2
-)
-# What math-verify misreads -> something that it does not. E and gamma become numbers and functions and take what
-# stands around them along; in the derivative of an unknown, 0 = 0 is left of both sides of an equation.
-MISREAD = (
-    (re.compile(r"(?<![A-Za-z\\])E(?=\s*_)"), r"\\Xi"),
-    (re.compile(r"\\gamma(?![a-z])"), r"\\Upsilon"),
-    (re.compile(r"\\frac\{\s*d\s*(\\?[A-Za-z]+)\s*\}\{\s*d\s*(\\?[A-Za-z]+)\s*\}"), r"\\Theta_{\1,\2}"),
-)
-
-
-@functools.lru_cache(1 << 16)
-def tidy(text):
-    """An answer without what changes nothing about it: dollar signs, sizes of brackets, thin spaces, a last period."""
-    text = re.sub(r"\\?\$|\\(?:left|right)(?![a-z])|(?<!\\)\\[!,;:]|\\displaystyle|\\limits", "", str(text))
-    text = re.sub(r"\\[dt]frac(?![a-z])", r"\\frac", text).replace("{,}", ",")
-    return re.sub(r"\s+", " ", text).strip().removesuffix(".").strip()
-
-
-@functools.lru_cache(1 << 16)
-def plain_number(text):
-    """An integer, a decimal or a fraction as an exact Fraction, else None: `27.0`, `1/2`, `\\frac{1}{2}`, `1,000`."""
-    text = tidy(text)
-    if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", text):
-        text = text.replace(",", "")
-    match = NUMBER.fullmatch(text)
-    if not match:
-        return None
-    sign, whole, decimals, power, *fraction = match.groups()
-    if whole is not None:
-        value = Fraction(f"{whole or 0}.{decimals or 0}") * Fraction(10) ** int((power or "0").strip("{}"))
-    else:
-        top, bottom = (int(part) for part in fraction if part is not None)
-        if bottom == 0:
-            return None
-        value = Fraction(top, bottom)
-    return -value if sign == "-" else value
-
-
-def truths(text):
-    r"""A truth assignment, `A: knight, \text{B} is a knave` -> {"a": "knight", "b": "knave"}, else None."""
-    plain = re.sub(TEXT + r"|\\quad|\\[ \\]|[{}~&()]", " ", text).lower()
-    found = re.findall(r"(\w+)\s*(?:[:=]|is an?\b|is\b)\s*(knight|knave)\b", plain)
-    rest = re.sub(r"(\w+)\s*(?:[:=]|is an?\b|is\b)\s*(knight|knave)\b", "", plain)
-    kinds = dict(found)
-    return kinds if found and set(found) == set(kinds.items()) and not re.sub(r"and|[\s,;.]", "", rest) else None
-
-
-def choice(text):
-    r"""The letter of a multiple choice, `C`, `(C)`, `\text{C.}`, `(C) 12`, else None."""
-    text = re.sub(TEXT + r"\s*\{(.*?)\}", r"\1", text).strip()
-    match = re.fullmatch(r"\(?([A-J])[).:]?|\(([A-J])\)\s.*", text)
-    return match and (match[1] or match[2])
-
-
-@functools.lru_cache(1 << 18)
-def by_form(gold, answer):
-    """True or False where the form of two tidy answers decides whether they are equal, None where algebra must."""
-    if gold == answer:
-        return True
-    if max(len(gold), len(answer)) > 2000:  # babble, and a strain on all that follows
-        return False
-    a, b = plain_number(gold), plain_number(answer)
-    if a is not None and b is not None:
-        return a == b
-    if kinds := truths(gold):
-        return kinds == truths(answer)
-    if (letter := choice(gold)) and (other := choice(answer)):
-        return letter == other
-    lists = [[plain_number(part) for part in re.split(r"[,;]", text)] for text in (gold, answer)]
-    if all(len(numbers) > 1 and None not in numbers for numbers in lists):
-        return sorted(lists[0]) == sorted(lists[1])
-    # math-verify reads 52_8 as 52 and cm^3 as cm^2: the base and the power must be the same where both have one.
-    for mark in (r"\d\s*_\s*\{?(\d+)\}?", TEXT + r"\s*\{[^{}]*\}\s*\^\s*\{?(\d)\}?"):
-        ends = [re.search(mark + r"$", text) for text in (gold, answer)]
-        if all(ends) and ends[0][1] != ends[1][1]:
-            return False
-    return None
-
-
-class Grader:
-    """Says whether two answers mean the same: by their form where that decides it, else by math-verify.
-
-    math-verify hands the answer to a computer algebra system, which `10^{10^{10}}` keeps busy for ever, or
-    which crashes. So it runs in processes of its own, one a core, that the system kills after `limit`
-    seconds; another takes the place of a dead one. Such an answer is not equal; `stuck` holds these pairs.
-    `cache` is a file to which each grade is added as it comes; the next report grades nothing twice.
-    """
-
-    def __init__(self, limit=5.0, cache=None):
-        self.limit, self.known, self.stuck, self.workers, self.file = limit, {}, set(), [], None
-        if cache is not None:
-            self.open(Path(cache))
-
-    def open(self, cache):
-        from importlib.metadata import version
-
-        header = ["math-verify", version("math-verify"), "seconds", self.limit]
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(cache, "a+b", buffering=0)  # a line is one write: whole or not at all
-            self.file.seek(0)
-            content = self.file.read()
-            if content and not content.startswith(b'["math-verify"'):
-                raise ValueError("not made by evaluate.py")
-            whole = content[: content.rfind(b"\n") + 1]
-            first, *lines = map(json.loads, whole.splitlines() or ["[]"])
-            self.file.truncate(len(whole) if first == header else 0)  # grades of another version or limit go
-            if first == header:
-                self.known = {(gold, answer): grade for gold, answer, grade in lines}
-            else:
-                self.file.write((json.dumps(header) + "\n").encode())
-        except (OSError, ValueError) as e:
-            raise InputError(f"{cache}: cannot be used for grades ({e}); delete it or choose another --out")
-
-    def equal(self, gold, answer):
-        """Is `answer` right, given the right answer `gold`? The order matters to math-verify. None is never right."""
-        if gold is None or answer is None:
-            return False
-        pair = tidy(gold), tidy(answer)
-        if (decided := by_form(*pair)) is not None:
-            return decided
-        if pair not in self.known:
-            self.grade([(gold, answer)])
-        if self.known[pair] is None:
-            self.stuck.add(pair)
-        return bool(self.known[pair])
-
-    def grade(self, pairs, what=None):
-        """Ask math-verify about all `pairs` of (gold, answer) that are not known, in parallel; `what`: of a bar."""
-        pairs = {(tidy(gold), tidy(answer)) for gold, answer in pairs}
-        todo = deque(sorted(pair for pair in pairs if pair not in self.known and by_form(*pair) is None))
-        busy = {}  # file descriptor -> (worker, pair)
-        bar = tqdm(desc=f"grade {what}", total=len(todo), unit=" comparisons", disable=what is None or not todo)
-        while todo or busy:
-            while todo and len(busy) < (os.cpu_count() or 1):
-                worker, pair = self.workers.pop() if self.workers else self.start(), todo.popleft()
-                try:
-                    worker.stdin.write(json.dumps(pair).encode() + b"\n")
-                    busy[worker.stdout.fileno()] = worker, pair
-                except BrokenPipeError:  # it died before it saw this pair
-                    self.stop(worker)
-                    todo.appendleft(pair)
-            for descriptor in select.select(list(busy), [], [])[0]:
-                worker, pair = busy[descriptor]
-                reply = worker.stdout.readline()
-                if reply == b"ready\n":  # all start at once, and each says so before its first grade
-                    worker.ready = True
-                    continue
-                del busy[descriptor]
-                self.known[pair] = {b"1\n": True, b"0\n": False}.get(reply)
-                if self.known[pair] is None:  # too slow, out of memory, or crashed
-                    self.stop(worker)
-                else:
-                    self.workers.append(worker)
-                if self.file:
-                    self.file.write((json.dumps([*pair, self.known[pair]]) + "\n").encode())
-                bar.update()
-        bar.close()
-
-    def start(self):
-        command, pipe = [sys.executable, __file__, "--grading-worker", str(self.limit)], subprocess.PIPE
-        # In a session of its own, so that Ctrl-C does not make each of them print a traceback; they end with stdin.
-        worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0, start_new_session=True)
-        worker.ready = False
-        return worker
-
-    def stop(self, worker):
-        worker.kill()
-        worker.communicate()  # waits, and closes its pipes
-        if not worker.ready:
-            raise RuntimeError("a grading process did not start; is math-verify installed?")
-
-    def close(self):
-        while self.workers:
-            self.stop(self.workers.pop())
-        if self.file:
-            self.file.close()
-
-
-def grading_worker(limit):
-    """The other end of Grader.grade: reads a line [gold, answer], writes 1 or 0."""
-    import logging
-    import resource
-
-    from math_verify import LatexExtractionConfig, parse, verify
-    from sympy import Expr, Symbol, UnevaluatedExpr
-    from sympy.concrete.expr_with_limits import ExprWithLimits
-
-    logging.disable()
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody reads the reply any more: end in silence
-    # An expression that wants the whole memory gets a MemoryError instead, where the system allows a limit.
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-    except (ValueError, OSError):
-        pass
-    replies, sys.stdout = sys.stdout, sys.stderr  # nothing else that is printed may look like a reply
-
-    @functools.lru_cache(4096)
-    def read(text):
-        for pattern, replacement in MISREAD:
-            text = pattern.sub(replacement, text)
-        # LaTeX only: its other reader takes the last number of what it cannot read for the whole.
-        return parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=None)
-
-    @functools.lru_cache(4096)
-    def value(text):
-        """The size of an expression where each unknown is a number made of its name; nan of percentages and others."""
-        first = (read(text) or [None])[0]
-        if not isinstance(first, Expr) or isinstance(first, Symbol) or first.has(UnevaluatedExpr):
-            return math.nan  # a symbol alone stands for a word or for e: math-verify has rules for it
-        try:
-            unknowns = {symbol: 1 + zlib.crc32(symbol.name.encode()) / 2**32 for symbol in first.free_symbols}
-            if unknowns and first.has(ExprWithLimits):
-                return math.nan  # a sum up to an unknown needs it to be an integer
-            return complex(first.evalf(subs=unknowns))
-        except Exception:  # sympy raises many kinds
-            return math.nan
-
-    print("ready", file=replies, flush=True)
-    for line in sys.stdin:
-        # Nobody handles this alarm, so the system ends the process, C code and all. math-verify's own time limit
-        # is a Python handler, which C code never comes back to run, and fails in silence outside the main thread.
-        signal.setitimer(signal.ITIMER_REAL, limit)
-        pair = json.loads(line)
-        a, b = map(value, pair)
-        # What differs this much, at one choice of the unknowns, needs no algebra, which takes its time to fail.
-        # A nan is unequal to itself; its abs() may raise an overflow that some earlier operation left behind.
-        far = a == a and b == b and abs(a - b) > 1e-3 * max(1, abs(a), abs(b))
-        equal = not far and verify(*map(read, pair), timeout_seconds=None)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        print(int(equal), file=replies, flush=True)
-
+from files import InputError, command_line, each_row, meta_path, read_json, write_json
+from grade import Grader, answer_of, as_fraction, gold_answer, normalise, strip_thinking
 
 # ------------------------------------------------------------------------------------------------
 # Voting
 
 
 def canonical(answer):
-    """What stands for an answer and for those that are plainly equal to it: an exact number or a tidy text."""
-    number = plain_number(answer)
-    return tidy(answer) if number is None else number
+    """What stands for an answer and for those that are plainly equal to it: an exact number or its one spelling."""
+    text = normalise(answer)
+    value = as_fraction(text)
+    return text if value is None else value
 
 
 def distinct(answers, more=()):
@@ -653,7 +288,7 @@ def read_refined(path):
         if (sizes := sizes or size) != size:
             first = f"{size}, but {sizes} in the first row"
             raise InputError(f"{where}: {first}; pass@k and maj@k need the same numbers for all")
-        if row["answer"] is None:
+        if (gold := gold_answer(row["answer"])) is None:
             skipped += 1
             continue
         order = np.full((len(refinements), len(candidates)), -1, dtype=np.int16)
@@ -663,7 +298,7 @@ def read_refined(path):
                 raise InputError(f"{where}: the order {shown} is not one of its {len(candidates)} candidates")
             places[: len(shown)] = shown
         problems[str(row["id"])] = {
-            "answer": str(row["answer"]),
+            "answer": gold,
             "answers": [answer_of(c, row.get("prompt", "")) for c in candidates],
             "refinements": [answer_of(r, r.get("prompt", "")) for r in refinements],
             "prompt_tokens": numbers([row], "n_prompt_tokens", where),
@@ -1007,7 +642,7 @@ def show(identity, path):
     refinements = completions(row, "refinements", where) if "refinements" in row else []
     answers = [answer_of(c, row.get("prompt", "")) for c in candidates]
     refined = [answer_of(r, r.get("prompt", "")) for r in refinements]
-    grader, gold = Grader(), row.get("answer")
+    grader, gold = Grader(), gold_answer(row.get("answer"))
     number = classes(gold, answers, grader, refined)
     grader.close()
     lines = [["", "", "answer", "votes", "tokens", "logprob", "certainty", "ended", "order"]]
@@ -1274,7 +909,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--grading-worker"]:
-        grading_worker(float(sys.argv[2]))
-    else:
-        command_line(main)
+    command_line(main)

@@ -64,7 +64,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 
-from evaluate import InputError, read_json  # no more than errors and files
+from files import InputError, read_json
 
 
 # ---------------------------------------------------------------------------------------- The model

@@ -14,7 +14,8 @@ import dataclasses
 
 import numpy as np
 
-from evaluate import InputError, command_line, meta_path, read_json, read_jsonl, strip_thinking
+from files import InputError, command_line, meta_path, read_json, read_jsonl
+from grade import strip_thinking
 from model import load, uniforms
 from sample import (
     SOLVE_PROMPT,

@@ -36,7 +36,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from evaluate import InputError, command_line, meta_path, read_json, read_jsonl, write_json
+from files import InputError, command_line, meta_path, read_json, read_jsonl, write_json
+from grade import gold_answer
 from model import TOKENIZER_FILES, SamplingParams, Stats, checkpoint_tensors, load, stream
 
 # The wording that Qwen2.5-Math made common; any instruction-tuned model follows it.
@@ -254,7 +255,7 @@ def knights_and_knaves(n=200, seed=0):
 def load_problems(data, limit=None):
     """A benchmark's name or a file -> a list of {"id", "problem", "answer", ...}; unknown keys are kept.
 
-    `answer` is a string or None: of GSM8K's worked answers what follows `####`, of a list its members joined.
+    `answer` is a string or None (missing): of GSM8K's worked answers what follows `####`, of a list its members joined.
     """
     path, rows = Path(data), None
     if data == "knights" and not path.is_file():
@@ -289,7 +290,7 @@ def load_problems(data, limit=None):
             answer = answer.rpartition("\n#### ")[2]
         identity = row.pop("id", None)
         identity = f"{data if data in BENCHMARKS else path.stem}-{number - 1}" if identity is None else identity
-        problems.append({"id": identity, "problem": text, "answer": None if answer is None else str(answer), **row})
+        problems.append({"id": identity, "problem": text, "answer": gold_answer(answer), **row})
     return problems
 
 

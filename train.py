@@ -65,7 +65,8 @@ from tqdm import tqdm
 
 import refine
 import sample
-from evaluate import Grader, InputError, answer_of, command_line, meta_path, read_json, write_json
+from files import InputError, command_line, meta_path, read_json, write_json
+from grade import Grader, answer_of
 from model import Config, Tokenizer, attend_causal, load, save, uniforms, use_varlen, varlen_attn
 from sample import ALIASES, find_model, fingerprint, pick_device
 

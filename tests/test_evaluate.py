@@ -3,222 +3,22 @@
 import itertools
 import json
 import os
-import re
 import resource
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
 import evaluate as e
+from files import InputError, read_jsonl
 
 
 @pytest.fixture(scope="module")
 def grader():
     grader = e.Grader(limit=3.0)
     yield grader
-    grader.close()
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (r"so \boxed{27}", "27"),
-        (r"\boxed{1} then \boxed{2}", "2"),
-        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-        (r"\boxed{\left\{x : \{1\}\right\}} and a } after", r"\left\{x : \{1\}\right\}"),
-        (r"\boxed{\text{a \} b}}", r"\text{a \} b}"),
-        (r"an earlier \boxed{3}, cut off: \boxed{\frac{1}{2", None),
-        (r"\boxed{}", None),
-        ("no box, the answer is 5", None),
-        (r"<think>maybe \boxed{3}</think> \boxed{4}", "4"),
-        (r"<think>maybe \boxed{3}</think> hmm", None),
-        (r"<think>cut off \boxed{3}", None),
-        (r"template opened it \boxed{3}</think>\boxed{4}", "4"),
-    ],
-)
-def test_answers_are_found(text, answer):
-    """Guards against: falling back to an earlier box or to a thought, and braces counted wrongly."""
-    assert e.answer_of({"text": text}) == answer
-
-
-def test_thought_opened_by_the_template():
-    """Guards against: a thought that the prompt opened and the length limit cut off, read as an answer."""
-    assert e.answer_of({"text": r"so \boxed{3}"}, prompt="...assistant\n<think>\n") is None
-    assert e.answer_of({"text": r"so</think> \boxed{3}"}, prompt="...assistant\n<think>\n") == "3"
-
-
-@pytest.mark.parametrize(
-    ("gold", "answer", "equal"),
-    [
-        ("1/2", "0.5", True),
-        (r"\frac{1}{2}", "0.5", True),
-        (r"\dfrac{1}{2}", "1/2", True),
-        ("-0.5", r"-\frac{1}{2}", True),
-        ("27.0", "27", True),
-        ("1,000", "1000", True),
-        ("10000", "10001", False),
-        ("2", "-2", False),
-        (r"\frac{1}{2}", "2", False),
-        (r"\sqrt{2}", r"2^{1/2}", True),
-        (r"\left( 3, \frac{\pi}{2} \right)", r"(3, \pi/2)", True),
-        (r"x^2+2x+1", r"(x+1)^2", True),
-        (r"x^2+2x+1", r"(x-1)^2", False),
-        (r"\frac{x^2-1}{x-1}", "x+1", True),
-        ("3x+2", "17", False),
-        ("abc", r"\text{abc}", True),  # a product of letters and a word
-        (r"1+\sum_{k=1}^{n} \frac1k", r"\sum_{k=1}^{n} \frac1k+1", True),  # has no size for an n between integers
-        (r"\text{Evelyn}", "Evelyn", True),
-        (r"\text{Evelyn}", "Carla", False),
-        ("5", None, False),
-        ("1/0", "0", False),
-        (r"\frac12", "0.5", True),
-        (".0000672", ".0000673", False),  # equal to math-verify, which rounds to 6 places
-        ("4.5e33", r"4.5 \times 10^{33}", True),
-        ("4.5e33", "4.6e33", False),
-        (r"1{,}000", "1000", True),
-        ("52_8", "52_9", False),  # math-verify reads both as 52
-        ("52_8", "52", True),
-        (r"15\mbox{ cm}^2", r"15\mbox{ cm}^3", False),
-        ("5", r"5 \text{ cm}", True),
-        ("5", r"5\mathrm{~m/s}", True),
-        (r"90^\circ", "90", True),
-        ("1,-2", "-2, 1", True),
-        ("1,-2", "1, 2", False),
-        ("$1$, $2$", r"2 \text{ and } 1", True),  # a list as OlympiadBench has it
-        (r"\frac{1}{2}, 3", "3, 0.5", True),
-        ("3, 5, 7", "3, 5, 8", False),
-        ("(1,2)", "(2,1)", False),
-        ("x=5", "5", True),
-        ("5", "x=5", True),
-        ("x=5", "y=5", False),
-        ("[0,1)", "[0,1]", False),
-        (r"\frac{1}{3} E_{1}+\frac{2}{3} E_{2}", r"\frac{1}{3} E_{1}+\frac{2}{3} E_{3}", False),  # E is not 2.718...
-        (r"\frac{d x}{d t}=k x-a", r"-\frac{d x}{d t}=k x-a", False),
-        (r"m(\gamma^{2}-1) \theta", r"m(\gamma^{2}-2) \theta", False),  # gamma is not a function
-        ("C", r"\text{(C)}", True),
-        ("(C)", "C.", True),
-        ("C", "(C) 12", True),
-        ("C", "D", False),
-        ("A: knight, B: knave", r"\text{B is a knave and A is a knight}", True),
-        ("A: knight, B: knave", r"\text{A}: \text{Knight},\ \text{B}: \text{KNAVE}", True),
-        ("A: knight, B: knave", "A: knight, B: knight", False),
-        ("A: knight, B: knave", "A: knight", False),
-        ("A: knight, B: knave", "A: knight, B: knave, C: knave", False),
-        ("A: knight, B: knave", "A: knight, A: knave, B: knave", False),
-        ("A: knight, B: knave", "not (A: knight, B: knave)", False),
-    ],
-)
-def test_equal_answers(gold, answer, equal, grader):
-    assert grader.equal(gold, answer) is equal
-
-
-def near_misses(answer):
-    """An answer with another sign, with one other digit, with a fraction upside down."""
-    if e.plain_number(answer) != 0:
-        yield answer[1:] if answer.startswith("-") else f"-{answer}"
-    for digit in re.finditer(r"\d", answer):
-        yield f"{answer[: digit.start()]}{(int(digit[0]) + 1) % 10}{answer[digit.end() :]}"
-    fraction = re.search(r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}", answer)
-    if fraction and fraction[1] != fraction[2]:
-        yield rf"{answer[: fraction.start()]}\frac{{{fraction[2]}}}{{{fraction[1]}}}{answer[fraction.end() :]}"
-
-
-def test_grader_agrees_with_what_others_wrote(problem_files, grader):
-    """MATH-500's and Minerva's own solutions and AMC's floats are right, and of their near misses none is."""
-    golds = []
-    for row in e.read_jsonl(problem_files / "math500.jsonl"):
-        golds.append(row["answer"])
-        assert grader.equal(row["answer"], e.extract_answer(row["solution"])), row["answer"]
-    for row in e.read_jsonl(problem_files / "amc23.jsonl"):
-        golds.append(str(row["answer"]))
-        assert grader.equal(str(row["answer"]), str(int(row["answer"])))
-    for row in e.read_jsonl(problem_files / "minerva_math.jsonl"):
-        golds.append(e.extract_answer(row["solution"]))
-        assert grader.equal(golds[-1], rf"$\displaystyle{{}} {golds[-1]}$".replace("{}", "").replace("frac", "dfrac"))
-    assert len(golds) == 812
-    pairs = [(gold, miss) for gold in golds for miss in near_misses(gold)]
-    grader.grade(pairs)
-    assert len(pairs) > 2500 and [pair for pair in pairs if grader.equal(*pair)] == []
-
-
-HOSTILE = [r"10^{10^{10}}", "(" * 1999, r"\frac{" * 300, "x^{" * 600, r"\text{" * 300, "1," * 900 + "x", "9" * 100_000]
-
-
-@pytest.mark.parametrize("hostile", [*HOSTILE, "(" * 100_000, "$" * 100_000, " " * 100_000 + "."])
-def test_hostile_answers_cost_their_time_limit_and_no_more(hostile, grader):
-    """Guards against: one expression that keeps the algebra system, and with it the whole run, busy for ever."""
-    started = time.time()
-    assert grader.equal("5", hostile) is False
-    assert time.time() - started < grader.limit + 5  # the start of a process included
-    assert grader.equal(r"\sqrt{4}", "2") is True  # and the next answer is graded as ever
-
-
-def test_stuck_answers_are_killed_counted_and_remembered(tmp_path):
-    """Guards against: a stuck answer that holds up the others, is asked about again, or goes unreported."""
-    grader = e.Grader(limit=1.0, cache=tmp_path / "grades.jsonl")
-    pairs = [("5", r"10^{10^{10}}"), *((f"x+{i}", f"{i}+x") for i in range(20))]
-    grader.grade(pairs)
-    workers = list(grader.workers)
-    assert [grader.equal(*pair) for pair in pairs] == [False] + [True] * 20
-    assert grader.stuck == {pairs[0]}
-    grader.close()
-    assert all(worker.poll() is not None for worker in workers)  # none is left behind
-    with open(tmp_path / "grades.jsonl", "ab") as file:
-        file.write(b'["torn", "by a ki')
-    again = e.Grader(limit=1.0, cache=tmp_path / "grades.jsonl")
-    again.start = lambda: pytest.fail("asked again")
-    assert [again.equal(*pair) for pair in pairs] == [False] + [True] * 20 and again.stuck == {pairs[0]}
-    again.close()
-    other = e.Grader(limit=2.0, cache=tmp_path / "grades.jsonl")  # another limit: other grades
-    assert other.known == {} and len((tmp_path / "grades.jsonl").read_text().splitlines()) == 1
-    other.close()
-    (tmp_path / "mine.jsonl").write_text('{"mine": 1}\n')
-    with pytest.raises(e.InputError, match="mine.jsonl: cannot be used for grades"):
-        e.Grader(cache=tmp_path / "mine.jsonl")
-    assert (tmp_path / "mine.jsonl").read_text() == '{"mine": 1}\n'
-
-
-def test_crashing_worker_is_replaced(grader):
-    """Guards against: a grade lost with a process that somebody killed while it had nothing to do."""
-    assert grader.equal("x+1", "1+x") is True
-    for worker in grader.workers:
-        worker.kill()
-        worker.wait()
-    assert grader.equal("x+2", "2+x") is True and grader.equal("x+3", "3+x") is True
-
-
-def test_huge_numbers_crash_no_worker(grader):
-    """Guards against: an overflow from abs() of a complex nan, which ended the process with a traceback."""
-    assert grader.equal("x+1", "1+x") is True
-    before = {worker.pid for worker in grader.workers}
-    assert grader.equal("5070365563156674", "50505015664=5050505050505050505015") is False
-    assert not any("50505015664" in answer for _, answer in grader.stuck)
-    assert {worker.pid for worker in grader.workers} == before
-
-
-def test_answers_that_are_not_tidy_after_one_pass(grader):
-    """Guards against: a pair that is tidied once more when it is asked about, and then is not found again."""
-    for answer in ("x+2..", "x . .", r"\displaysty\displaystylele x"):
-        assert e.tidy(e.tidy(answer)) != e.tidy(answer) and grader.equal("x+1", answer) is False
-    assert e.classes("x+1", ["x+2..", "x+2.."], grader, ["x+2.."]) == [1, 1, 1]
-
-
-def test_ctrl_c_does_not_reach_the_grading_processes(grader):
-    """Guards against: a traceback from each of them on the terminal, above the one line of the command itself."""
-    assert grader.equal("x+1", "1+x") is True
-    assert grader.workers and all(os.getsid(worker.pid) == worker.pid for worker in grader.workers)
-
-
-def test_missing_math_verify_is_no_wrong_answer(monkeypatch):
-    """Guards against: processes that cannot start, and whose silence counts as unequal answers."""
-    grader = e.Grader()
-    monkeypatch.setattr(e.sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match="is math-verify installed"):
-        grader.equal("x+1", "1+x")
     grader.close()
 
 
@@ -595,7 +395,7 @@ def test_seeds_of_one_row(tmp_path):
         ([refined_row("broken", ["1", "1"], ["1"], gold="7"), *KNOWN[:3]], "another right answer than in"),
         ([refined_row(row["id"], ["1", "1", "1"], ["1"]) for row in KNOWN], "more or fewer candidates or refinements"),
     ):
-        with pytest.raises(e.InputError, match=message) as caught:
+        with pytest.raises(InputError, match=message) as caught:
             e.main([f"r={first},{write_rows(tmp_path / 'other.jsonl', changes)}", "--out", str(tmp_path)])
         assert "other.jsonl" in str(caught.value)
 
@@ -647,7 +447,7 @@ def test_show(tmp_path, capsys):
     assert lines["candidate 0"][2:5] == ["right", "1", "1"] and lines["candidate 2"][2:5] == ["wrong", "2.0", "1"]
     assert lines["candidate 1"][2:4] == ["no", "answer"] and lines["refinement 0"][2:5] == ["right", "1", "1"]
     assert "--- candidate 1: no answer\nno box" in printed and max(map(len, printed.splitlines())) <= 100
-    with pytest.raises(e.InputError, match="no problem with id 'p3'"):
+    with pytest.raises(InputError, match="no problem with id 'p3'"):
         e.main(["--show", "p3", str(tmp_path / "x.jsonl")])
 
 
@@ -751,12 +551,12 @@ def test_large_report_takes_little_time_and_memory(tmp_path):
 def test_unusable_files_are_named(content, message, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text(content)
-    with pytest.raises(e.InputError, match="bad.jsonl") as caught:
-        e.read_refined(path) if "line 3" not in message else e.read_jsonl(path)
+    with pytest.raises(InputError, match="bad.jsonl") as caught:
+        e.read_refined(path) if "line 3" not in message else read_jsonl(path)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_unequal_numbers_of_candidates_are_refused(tmp_path):
     path = write_rows(tmp_path / "x.jsonl", [refined_row("a", ["1", "1"], ["1"]), refined_row("b", ["1"], ["1"])])
-    with pytest.raises(e.InputError, match="'b': 1 candidates and 1 refinements, but 2"):
+    with pytest.raises(InputError, match="'b': 1 candidates and 1 refinements, but 2"):
         e.read_refined(path)
