@@ -48,9 +48,10 @@ def strip_thinking(text, prompt=""):
     return text.rpartition("</think>")[2].strip()  # one never opened
 
 
+MARK = r"(?:[,;，、；]|\b(?:and|or)\b|和|或)"
 JOINT = re.compile(  # between the boxes of one list: `\boxed{2}$, or $x = \boxed{3}`
-    r"(?:[\s$~*]|\\[)\] ]|\\q?quad|\\text\s*\{|[,;]|\b(?:and|or)\b)*?(?:[,;]|\b(?:and|or)\b)"
-    r"(?:[\s$~*{}]|\\[(\[ ]|\\q?quad|\b(?:and|or)\b|(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?\s*(?:=|\bis\b))*"
+    rf"(?:[\s$~*]|\\[)\] ,;]|\\q?quad|\\text\s*\{{|{MARK})*?{MARK}(?:[\s$~*{{}}]|\\[(\[ ,;]|\\q?quad|{MARK}"
+    r"|(?:\\[a-z]+\s*)?[A-Za-z]?(?:_\{?\w+\}?)?(?:\([^()]{0,9}\))?\s*(?:=|\\in|\bis\b))*"
 )
 
 
@@ -64,7 +65,7 @@ def extract_answer(text):
     for box in reversed(list(re.finditer(r"\\f?box(?:ed)?(?![a-zA-Z])\s*", text))):
         start, depth, content = box.end(), 0, None
         if text[start : start + 1] != "{":  # \boxed 5
-            content = re.match(r"[+-]?(?:\\[a-zA-Z]+|[\w.]*\w)|", text[start:])[0]
+            content = re.match(r"[+-]?(?:\\[a-zA-Z]+(?:\{[^{}]*\}|\d)*|[\w.]*\w)|", text[start:])[0]
             end = start + len(content)
         else:
             for mark in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):  # \{ and \} are the answer's
@@ -95,28 +96,24 @@ def answer_of(completion, prompt=""):
 FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp max min gcd lcm det".split()
 GREEK = "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi pi rho sigma tau phi chi psi omega".split()
 SIGNS = r"""
-× \times · \cdot ⋅ \cdot ∙ \cdot • \cdot ÷ / ∕ / √ \sqrt ∞ \infty ≤ \leq ≥ \geq ⩽ \leq ⩾ \geq ≠ \neq
-≈ \approx ± \pm ∪ \cup ∩ \cap ∈ \in ∅ \emptyset ∠ \angle △ \triangle ° ^\circ º ^\circ ˚ ^\circ ℝ \mathbb{R}
-′ ' ’ ' 。 . 、 , … \ldots € \text{euro} £ \text{sterling} ¥ \text{yuan} 元 \text{yuan} ⟨ \langle ⟩ \rangle ≅ \cong
-∼ \sim − - ‐ - ‑ - – - — -""".split()
-SIGNS = {ord(sign): name + " " * name[-1].isalpha() for sign, name in zip(SIGNS[::2], SIGNS[1::2])}
+× \times · \cdot ⋅ \cdot ∙ \cdot • \cdot ÷ / ∕ / √ \sqrt ∛ \sqrt[3] ¢ \text{cent} “ " ” " ∞ \infty ≤ \leq ≥ \geq ⩽
+\leq ⩾ \geq ≠ \neq ≈ \approx ± \pm ∪ \cup ∩ \cap ∈ \in ∅ \emptyset ∠ \angle △ \triangle ° ^\circ º ^\circ ˚ ^\circ
+ℝ \mathbb{R} ℤ \mathbb{Z} ′ ' ’ ' 。 . 、 , … \ldots € \text{euro} £ \text{sterling} ¥ \text{yuan} 元 \text{yuan} ⟨
+\langle ⟩ \rangle ≅ \cong ∼ \sim − - ‐ - ‑ - – - — -""".split()
+SIGNS = {ord(sign): name.replace('"', "") + " " * name[-1].isalpha() for sign, name in zip(SIGNS[::2], SIGNS[1::2])}
 SIGNS |= {ord(sign): f"\\{name} " for sign, name in zip("αβγδεζηθκλμνξπρστφχψω", GREEK)}
 SIGNS |= dict.fromkeys([0xAD, 0x200B, 0x200C, 0x200D, 0x200E, 0x200F, 0x2060, 0xFEFF], "")  # no width
 GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*\}"  # braces in braces, four deep
 ARGUMENT = rf"({GROUP}|\\[A-Za-z]+|[^\s\\{{}}])"
-NUMERAL = r"((?:\d[\d,]*\.?\d*|\.\d+))"
+NUMERAL = r"(?<![\d.,])(\d[\d,]*(?:\.\d*)?|\.\d+)"
 
 
 def from_unicode(text):
     """The signs of Unicode as LaTeX has them: ½ is a fraction, x² a power, x₁ a subscript."""
-
-    def plain(run):
-        return unicodedata.normalize("NFKC", run).translate(SIGNS)
-
-    text = re.sub("[¼-¾⅐-⅞]", lambda m: r"\frac{%s}{%s}" % tuple(plain(m[0]).split("⁄")), text)
-    text = re.sub("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", lambda m: f"^{{{plain(m[0])}}}", text)
-    text = re.sub("[₀-₉₊₋]+", lambda m: f"_{{{plain(m[0])}}}", text)
-    return unicodedata.normalize("NFKC", text.translate(SIGNS))
+    text = re.sub("([¼-¾⅐-⅞])", r"\\frac{\1}", text)  # of which NFKC makes \frac{1⁄2}
+    text = re.sub("([⁰¹²³⁴-⁹⁺⁻ⁿ]+)", r"^{\1}", text)
+    text = re.sub("([₀-₉₊₋]+)", r"_{\1}", text)
+    return unicodedata.normalize("NFKC", text.translate(SIGNS)).replace("⁄", "}{").replace("−", "-")
 
 
 def repeating(match):
@@ -133,6 +130,15 @@ def mixed(match):
     return rf"\frac{{{whole * bottom + top}}}{{{bottom}}}" if top < bottom else match[0]
 
 
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+
+
+def scaled(match):
+    r"""1.5 \text{million} -> 1500000"""
+    value = Fraction(match[1].replace(",", "")) * SCALES[match[3]]
+    return f"{value}{match[2]}" if value.denominator == 1 else match[0]
+
+
 def braced(match):
     r"""\frac\pi2 -> \frac{\pi}{2}, sqrt(2) and \sqrt2 -> \sqrt{2}"""
     bare = (part[1:-1] if part[0] + part[-1] in ("{}", "()") else part for part in match.groups()[1:])
@@ -145,71 +151,85 @@ def unordered(match):
     return rf"\text{{{kind}}}" + (min(points, points[::-1]) if kind == "angle" else "".join(sorted(points)))
 
 
-def rules(*pairs):
-    return [(re.compile(pattern), replacement) for pattern, replacement in pairs]
-
-
-BEFORE_WORDS = rules(
+BEFORE_WORDS = (
     # \left( \displaystyle \color{red}{5} \boldsymbol{5} \(5\) **5** \mathrm{d}x \textbf{5} all real numbers
     (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""), (r"(?<!\\)\\[()\[\]]", " "),
-    (r"\\(?:(?:display|text|script)style|n?o?limits|bf|it|rm|boldmath)(?![a-zA-Z])", ""),
+    (r"\\(?:(?:display|text|script)style|n?o?limits|bf|it|rm|boldmath|[lL]arge|LARGE|[hH]uge|small)(?![a-zA-Z])", ""),
     (r"\\(?:textcolor|color|colorbox)(?:\[\w*\])?\s*\{[^{}]*\}", ""),
-    (rf"\\(?:mathbf|boldsymbol|bm|pmb|mathit|mathsf|underline|emph|f?box(?:ed)?)\s*(?={GROUP}|\d)", ""),
-    (r"(?<![\w)}*])(\*\*|__|\*|`)(?=\S)(.+?)(?<=\S)\1(?![\w({*])", r"\2"), (r"\\mathrm\s*\{([dei])\}", r"\1"),
+    (rf"\\(?:mathbf|boldsymbol|bm|pmb|mathit|mathsf|mathtt|underline|emph|f?box(?:ed)?)\s*(?={GROUP}|\d)", ""),
+    (r"(?<![\w)}*])(\*{1,3}|__|`)(?=\S)(.+?)(?<=\S)\1(?![\w({*])", r"\2"), (r"\\mathrm\s*\{([dei])\}", r"\1"),
     (r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|mathrm|mbox|hbox|operatorname\*?)\s*(?=\{)", r"\\text"),
-    (r"\\mathbb\s*\{?R\}?|\\text\{\s*all real numbers\s*\}", r"(-\\infty,\\infty)"),
+    (r"\\mathbb\s*\{?R\}?|\\text\{\s*all real numbers\s*\}", r"(-\\infty,\\infty)"), (r"\{,\}|,\\!\s*", ","),
     # 1{,}000 10\,000 10 000; 12^{\text{th}}; 0.\dot{1}\dot{2} 0.1\overline{6} 0.(3) 0.333...
-    (r"\{,\}|,\\!\s*", ","),
     (r"(?<![\d.^_])\d{1,3}(?:(?:\\[,!;: ]|~|\s)\s*\d{3}(?!\d))+", lambda m: re.sub(r"\D", "", m[0])),
-    (r"(?<=\d)\s*\^?\s*\{?\s*(?:\\text\s*\{)?\s*(?:st|nd|rd|th)(?![a-zA-Z])\s*\}{0,2}", " "),
+    (r"(?:(?<=\d)|(?<=\bn))\s*\^?\s*\{?\s*(?:\\text\s*\{)?\s*(?:st|nd|rd|th)(?![a-zA-Z])\s*\}{0,2}", " "),
     (r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r"\\overline{\1\2\3}"),
     (r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{?(\d+)\}?|\((\d+)\))", repeating),
-    (r"(\d*)\.(\d*?)(\d{1,6}?)\3{2,}\s*(?:\.\.\.|\\[lc]?dots)", repeating),
+    (r"\.\.\.|\\[c]?dots(?![a-z])", r"\\ldots"),
+    (r"(\d*)\.(\d*?)(?:(\d)\3{2,}|(\d{2,6}?)\4+)\s*\\ldots", repeating),
     # \$5 €5; 90^\circ C; 5\%; spaces
     (rf"\\\$\s*{NUMERAL}", r"\1\\text{dollar}"), (r"\\\$", r"\\text{dollar}"), (r"\$", " "),
     (rf"(\\text\{{(?:euro|sterling|yuan)\}})\s*{NUMERAL}", r"\2\1"), (r"\\?%", r"\\text{percent}"),
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-z]))|\\degree(?![a-z])", r"\\text{degree}"),
     (r"\\text\{degree\}\s*(?:([CF])(?![a-z])|\\text\s*\{\s*([CF])\s*\})", r"\\text{degree\1\2}"),
     (r"(?<!\\)\\[ ,;:!>]|~|\\q?quad(?![a-z])|\\hspace\{[^{}]*\}", " "),
+    (r"\\text\{(?:[^{}]|\{[^{}]*\})*\}", lambda m: r"\text{%s}" % re.sub(r"\\text|[{}]", "", m[0][6:-1])),  # s^{-2}
     # Signs that have several names.
     (r"\\[dtc]frac(?![a-z])", r"\\frac"), (r"\\l(?:e|eqslant)(?![a-z])|<=", r"\\leq "), (r"\\lt(?![a-z])", "<"),
     (r"\\g(?:e|eqslant)(?![a-z])|>=", r"\\geq "), (r"\\gt(?![a-z])", ">"), (r"\\ne(?![a-z])|!=", r"\\neq "),
-    (r"\\varnothing|\\\{\s*\\\}|\\text\{\s*no (?:real )?solutions?\s*\}", r"\\emptyset "), (r"\\colon(?![a-z])", ":"),
-    (r"\*\*", "^"), (r"\*", r"\\cdot "), (r"(?<=\w)\^\(([^()]*)\)", r"^{\1}"), (r"\b([ap])\.\s*m\.", r"\1m"),
+    (r"\\varnothing|\\\{\s*\\\}", r"\\emptyset "), (r":=", "="), (r"^#+\s*", ""),
+    (r"\b([A-Za-z])\s+(?:is|equals)\s+(?=[-\d\\])", r"\1="), (r"\\colon(?![a-z])", ":"), (r"\b([ap])\.\s*m\.", r"\1m"),
+    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"), (r"\\(?:begin|end)\{cases\}", ""),
+    (r"(?i)(?:\\text\{)?\s*(?:there (?:is|are) )?\bno (?:real )?solutions?\b[.\s]*\}?", r"\\emptyset "),
+    (r"\*\*", "^"), (r"\*", r"\\cdot "), (r"(?<=\w)\^\(((?:[^()]|\([^()]*\))*)\)", r"^{\1}"),
+    # (0,1) U (2,3); {x | x > 3}; arrays and cases
+    (r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "), (r"^\\\{\s*[a-z]\s*(?:\\mid|\||:)(.*)\\\}$", r"\1"),
+    (r"[(\[]\s*\\begin\{array\}(?:\{[^{}]*\})?(.*?)\\end\{array\}\s*[)\]]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
     # P(1,2), a named point; \angle CBA, \overline{BA}, \triangle BCA
     (r"(?<![A-Za-z\\])[A-Z](?=\((?:[^()]|\([^()]*\))*,(?:[^()]|\([^()]*\))*\)$)", ""),
     (r"(?:m?\\|\\measured)(angle)\s*((?:[A-Z]\s*){3})(?![A-Za-z])", unordered),
     (r"\\(overline|overleftrightarrow)\s*\{\s*((?:[A-Z]\s*){2})\}", unordered),
     (r"^\\(triangle)\s*((?:[A-Z]\s*){3})$", unordered),
 )  # fmt: skip
-AFTER_WORDS = rules(
+AFTER_WORDS = (
     # inf pi sqrt(2) \frac\pi2 2\frac{1}{2}; square inch, inch squared, per, mph; \sqrt{2} \approx 1.41; =5 5, 5; 5. 5\\
     (r"(?<![\\A-Za-z])(?:inf|infinity|oo)(?![A-Za-z])|\\text\{infinity\}", r"\\infty "),
     (rf"(?<![\\A-Za-z])(?<!\\text\{{)(?:(?:np|math)\.)?({'|'.join(FUNCTIONS + GREEK)})(?![A-Za-z])", r"\\\1 "),
     (rf"(?:\\|(?<![\\A-Za-z]))(sqrt)\s*({GROUP}|\((?:[^()]|\([^()]*\))*\)|\d+|[A-Za-z](?![A-Za-z])|\\[a-z]+)", braced),
-    (rf"\\(frac)\s*{ARGUMENT}\s*{ARGUMENT}", braced),
+    (rf"\\(frac)\s*{ARGUMENT}\s*{ARGUMENT}", braced), (r"\\sqrt\s*\[(\w+)\]\s*([\da-z])", r"\\sqrt[\1]{\2}"),
     (r"(?<![\d.^_{}/])(\d+)\s*(?:\\frac\{(\d+)\}\{(\d+)\}|\s(\d+)/(\d+))", mixed),
+    (r"\\text\{square\}\s*\\text\{root\}\s*(\d+)", r"\\sqrt{\1}"), (r"\\text\{(?:negative|minus)\}\s*(?=[\d\\])", "-"),
+    (rf"{NUMERAL}\s*(\\text\{{dollar\}}|)\s*\\text\{{({'|'.join(SCALES)})\}}", scaled),
     (r"\\text\{(?:square|sq)\}\s*(\\text\{\w+\})|(\\text\{\w+\})\s*\\text\{squared\}", r"\1\2^2"),
     (r"\\text\{cubic\}\s*(\\text\{\w+\})|(\\text\{\w+\})\s*\\text\{cubed\}", r"\1\2^3"),
+    # kg \cdot m, \mu m, degree celsius, 3:00 pm; 5 (cm), x + k\pi, k \in \mathbb{Z}
+    (r"(\\text\{\w+\}(?:\^\{?-?\d\}?)?)\s*\\cdot\s*(?=\\text)", r"\1 "), (r":00(?=\s*\\text\{[ap]m\})", ""),
+    (r"\\mu\s*\\text\{(\w+)\}", r"\\text{micro\1}"), (r"\\text\{deg\}", r"\\text{degree}"),
+    (r"\\text\{degree\}\s*\\text\{([cf])(?:elsius|ahrenheit)\}", r"\\text{degree\1}"),
+    (r"(?<=\S)\s*\((?:\\approx[^()]*|\s*(?:\\text\{\w+\}\s*)*)\)\s*$", ""),
+    (r"(?<=\S)[,;]?\s*(?:\\text\{(?:for|where)\}\s*)?\(?\b[a-z]\s*\\in\s*\\mathbb\s*\{?Z\}?\)?\s*$", ""),
     (r"\\text\{per\}", "/"), (r"\\text\{mph\}", r"\\text{mile}/\\text{h}"), (r"(?<=\S)\s*\\(?:approx|simeq).*$", ""),
     (r"^(?:[\s=:,;]|\\(?:approx|therefore)(?![a-z]))+|(?:[\s.,;:?=]|\\\\)+$", ""),
 )  # fmt: skip
-TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 ANGLE = re.compile(r"(\d+(?:\.\d+)?|\\frac\{[^{}]*\}\{[^{}]*\}|\([^()]*\))\s*\\text\{degree\}")
 
 # Units with a sure factor: dimension, then names of a unit and its size.
 UNITS = {name: (dimension, Fraction(size)) for dimension, units in {
-    "length": "mm millimeter millimetre 1/1000, cm centimeter centimetre 1/100, dm 1/10, m meter metre 1, km kilometer "
-              "kilometre 1000, in inch inche 127/5000, ft foot feet 381/1250, yd yard 1143/1250, mi mile 201168/125",
-    "mass": "mg milligram 1/1000, g gram 1, kg kilogram 1000, lb lbs pound 45359237/100000, oz ounce 45359237/1600000",
-    "time": "ms millisecond 1/1000, s sec second 1, min minute 60, h hr hour 3600, day 86400, week 604800",
+    "length": "mm millimeter millimetre 1/1000, cm centimeter centimetre 厘米 1/100, dm 1/10, m meter metre 米 1, "
+              "km kilometer kilometre 千米 公里 1000, in inch inche 127/5000, ft foot feet 381/1250, "
+              "yd yard 1143/1250, mi mile 201168/125",
+    "mass": "mg milligram 1/1000, g gram 克 1, kg kilogram 千克 公斤 1000, lb lbs pound 45359237/100000, "
+            "oz ounce 45359237/1600000",
+    "time": "ms millisecond 1/1000, s sec second 秒 1, min minute 分钟 60, h hr hour 小时 3600, day 86400, week 604800",
     "money": "cent 1/100, dollar usd buck 1", "volume": "ml milliliter millilitre 1/1000, l liter litre 1",
 }.items() for entry in units.split(", ") for *names, size in [entry.split()] for name in names}  # fmt: skip
 FILLERS = set("the a an answer option choice is are was be equals equal to of there therefore so thus hence then final "
               "result value values total we get have has it that this solution solutions about approximately approx "
               "roughly exactly only possible".split())  # fmt: skip
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-KNOWN = {*"and or am pm yes no not odd even true false per sq".split(), *FILLERS} - {"a"}
+KNOWN = {*"and or am pm yes no not odd even true false per sq nm hz ev mph".split(), *FILLERS} - {"a"}
+# Words without which an answer says something else.
+DECISIVE = set("no not negative minus least most than under over half twice double triple root squared tenth".split())
 LETTERS = r"[^\W\d_]+(?:['-][^\W\d_]+)*"
 
 
@@ -228,26 +248,38 @@ def mark_words(text):
     and what has four letters or more. Words that say nothing about the answer (the, is) go.
     """
 
-    def in_text(match):
-        name, small = match[0], match[0].lower()
-        capitals = name.isupper() and name.isascii() and (len(name) == 1 or small not in {*KNOWN, *UNITS})
-        unknown = len(name) == 1 and name.isascii() and name not in UNITS and match.string.strip() == name
-        return name if capitals or unknown else word(name)
+    def in_text(before, match):
+        name, small, before = match[0], match[0].lower(), before + match.string[: match.start()]
+        counted = re.search(r"[\d}]\s*$", before)
+        if name[0] == "\\" or (name in FUNCTIONS and not counted):
+            return name
+        if len(name) == 1 and name.isascii():  # 5 K and 5 m have units; C is a choice, x an unknown, a an article
+            unit = counted if name.isupper() else name in UNITS or match.string.strip() != name
+            return word(name) if unit else name
+        return name if name.isupper() and name.isascii() and small not in {*KNOWN, *UNITS} else word(name)
 
     def outside(match):
-        name, small, before = match[0], match[0].lower(), match.string[: match.start()]
+        name, small = match[0], match[0].lower()
+        before, behind = match.string[: match.start()], match.string[match.end() :]
         counted = re.search(r"\d\s+$", before)
-        if name in (*FUNCTIONS, *GREEK, "sqrt", "infty") and not (counted and name in UNITS):
+        if name in (*FUNCTIONS, *GREEK, "sqrt") and not (name in UNITS and re.search(r"\d\s*$", before)):
             return name
-        unit = small in UNITS and (before.strip() if len(name) > 1 else counted and match.end() == len(match.string))
+        unit = small in UNITS and before.strip()
+        if len(name) == 1:  # 5 m, 60 m/s, 60 km/h, 2 h 30 min, but not 2m
+            unit = unit and counted and re.match(r"\s*(?:$|/|\s\d|\^\{?\d)", behind)
+            unit = unit or (small in UNITS and re.search(r"\d\s*[A-Za-z]+\s*/\s*$", before))
+            unit = unit or (name in "KNJWVTL" and counted and not behind.strip())
         long = len(name) > 2 and counted or len(name) > 3 and not name.isupper()
         return word(name) if unit or long or small in KNOWN or not name.isascii() else name
 
     pieces = re.split(r"(?<!_)(?<!_\{)\\text\{([^{}]*)\}", text)
-    pieces[1::2] = (f" {re.sub(LETTERS, in_text, piece)} " for piece in pieces[1::2])
     bare = r"(?<![\\A-Za-z])(?<!_)(?<!_\{)(?<!begin\{)(?<!end\{)" + LETTERS  # no command, subscript, environment
-    pieces[::2] = (re.sub(bare, outside, piece) for piece in pieces[::2])
-    text = "".join(pieces)
+    text = ""
+    for i, piece in enumerate(pieces):
+        if i % 2:
+            text += " " + re.sub(rf"\\[A-Za-z]+|{LETTERS}", functools.partial(in_text, text), piece) + " "
+        else:
+            text += re.sub(bare, outside, piece)
     short = re.sub(r"\\text\{(\w+)\}", lambda m: "" if m[1] in FILLERS else m[0], text)
     return short if re.search(r"\w", short) else text
 
@@ -261,11 +293,13 @@ def normalise(text):
     if len(re.findall(r"(?<!\\)\$", text)) % 2:  # a single dollar sign before a number is money
         text = re.sub(r"(?<!\\)\$(?=\s*\d)", r"\\$", text)
     for pattern, replacement in BEFORE_WORDS:
-        text = pattern.sub(replacement, text)
+        text = re.sub(pattern, replacement, text)
     text = mark_words(text)
     for pattern, replacement in AFTER_WORDS:
-        text = pattern.sub(replacement, text)
-    if TRIGONOMETRY.search(text):  # \cos 36^\circ
+        text = re.sub(pattern, replacement, text)
+    if not re.search(r"[(\[]|\\\{", text):  # 1,000x; but (1,100) is a pair
+        text = re.sub(r"(?<![\d.,_^])\d{1,3}(?:,\d{3})+(?!\d)", lambda m: m[0].replace(",", ""), text)
+    if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])", text):  # \cos 36^\circ
         text = ANGLE.sub(r"(\1\\cdot\\frac{\\pi}{180})", text)
     return re.sub(r"\s+", " ", text).strip()
 
@@ -280,10 +314,8 @@ class NeedsAlgebra(Exception):
 
 @functools.lru_cache(1 << 16)
 def as_fraction(text):
-    r"""An integer, a decimal or a fraction, exactly, else None: 1,000 4.5\times10^{33} -\frac{1}{2}"""
-    text = re.sub(r"\s", "", text)
-    if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", text):
-        text = text.replace(",", "")
+    r"""An integer, a decimal or a fraction, exactly, else None: -7 4.5\times10^{33} -\frac{1}{2}"""
+    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
     text = re.sub(r"\\(?:times|cdot)10\^\{?([+-]?\d+)\}?$", r"e\1", text)
     text = re.sub(r"^([+-]?)\\frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3", text)
     try:
@@ -326,10 +358,14 @@ def items(text):
         elif len(inside) > 1:
             return ("[" if bracket[1] == "[" else "(") + ("]" if bracket[3] == "]" else ")"), inside
     parts = [part for part in split(text, COMMA) if part] or [text]
-    if len(parts) > 1 and re.match(r"[^=]*=[^=]*$", text):  # x = 2, 3
-        parts[0] = parts[0].partition("=")[2].strip() or parts[0]
-    signs = [re.split(r"\\pm|\\mp", part, maxsplit=1) for part in parts]
-    return kind, [sign.join(part) for part in signs for sign in "+-"[: len(part)]]
+    names = [part.partition("=")[0].strip() for part in parts if "=" in part]
+    if len(parts) > 1 and (len(names) == 1 and "=" in parts[0] or len(names) == len(parts) and len(set(names)) == 1):
+        parts = [part.rpartition("=")[2].strip() or part for part in parts]  # x = 2, 3 and x = 2, x = 3
+    expanded = []
+    for part in parts:
+        left, sign, right = part.partition(r"\pm")
+        expanded += [f"{left}+{right}", f"{left}-{right}"] if sign else [part]
+    return kind, expanded
 
 
 def same_lists(a, b, algebra):
@@ -356,6 +392,8 @@ def same_lists(a, b, algebra):
 def truths(text):
     r"""A truth assignment, `A: knight, \text{B is a knave}` -> {"A": "knight", "B": "knave"}, else None."""
     plain = re.sub(r"\\text\{(\w+)\}", r" \1 ", text).lower()
+    if "knight" not in plain and "knave" not in plain:
+        return None
     found = re.findall(r"(\w+)\s*[:=]?\s*\b(knight|knave)\b", plain)
     rest = re.sub(r"(\w+)\s*[:=]?\s*\b(knight|knave)\b|\band\b|[\s,;.&\\]", "", plain)
     return dict(found) if found and set(found) == set(dict(found).items()) and not rest else None
@@ -363,22 +401,26 @@ def truths(text):
 
 def choice(text):
     r"""A multiple choice, `C`, `(C)`, `C.`, `(C) 12`, `C: 12` -> its letter and the text behind it, else None."""
-    match = re.fullmatch(r"(?:\(?([A-J])\)?|\(([A-J])\)\s*(.+)|([A-J])[).:]\s*(.*))", text)
-    return match and (match[1] or match[2] or match[4], match[3] or match[5] or "")
+    match = re.fullmatch(r"(?:\(?([A-J])\)?|\(([A-J])\)\s*([^-+*/^=,;<>(].*)|([A-J])[).:]\s*(.*))", text)
+    rest = match and (match[3] or match[5] or "")
+    if match is None or re.search(r"^\\text\{(?:and|or)\}|(?<![A-Za-z])[A-J][).:]", rest):  # A: 5, B: 6
+        return None
+    return match[1] or match[2] or match[4], rest
 
 
-NAME = r"(?:[A-Za-z]|\\[a-zA-Z]+|\\text\{\w+\})+'?(?:_\{?\w+\}?)?(?:\([^()]*\))?"
+NAME = r"(?:[A-Za-z]|\\(?:vec|overrightarrow)\{\w+\}|\\text\{\w+\}|\\[a-zA-Z]+)+'?(?:_\{[^{}]*\}|_\w)?(?:\([^()]*\))?"
+NAME = rf"{NAME}|\({NAME}(?:,{NAME})+\)"  # x, f(x), (x,y)
 
 
 def assignment(text):
-    r"""`x = 5`, `5 = x`, `x \in 5` -> ("x", "5"); `2 + 3 = 5`, `area = 5` -> ("", "5"); others -> (None, text)."""
-    parts = split(text, r"(?<![<>!\\])=|\\in(?![a-z])")
+    r"""`x = 5`, `5 = x`, `x \in 5` -> ("x", "5"); `2 + 3 = 5` -> ("", "5"), no name; others -> (None, text)."""
+    parts = split(text, r"(?<![<>!\\])=|\\(?:in|to)(?![a-z])")
     if len(parts) < 2 or not all(parts) or re.search(r"<|>|\\[lgn]eq", text):
         return None, text
     names = [part for part in parts if re.fullmatch(NAME, part.replace(" ", ""))]
     values = [part for part in parts if part not in names] or parts[1:]
     if names:
-        return "" if "\\text" in names[0] else names[0].replace(" ", ""), values[-1]
+        return names[0].replace(" ", ""), values[-1]
     unknown = any(re.search(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", part) for part in parts)
     return (None, text) if unknown else ("", parts[-1])
 
@@ -401,7 +443,7 @@ def measure(words):
     """The unit that the words begin with -> (its dimension, its size, the other words); ([], 1, words) without one."""
     dimension, size = {}, Fraction(1)
     for i, (slash, name, power) in enumerate(words):
-        if name not in UNITS or (i and not slash):
+        if name not in UNITS or (i and not slash and not power.startswith("-")):
             return sorted(dimension.items()), size, words[i:]
         exponent = int(power or 1) * (-1 if slash else 1)
         dimension[UNITS[name][0]] = dimension.get(UNITS[name][0], 0) + exponent
@@ -435,7 +477,8 @@ def same_quantities(a, b, algebra):
                 return False
             words_x, words_y = rest_x, rest_y
         extra = set(words_x) ^ set(words_y)
-        if not (set(words_x) <= set(words_y) or set(words_y) <= set(words_x)) or {"no", "not"} & {w[1] for w in extra}:
+        contained = set(words_x) <= set(words_y) or set(words_y) <= set(words_x)
+        if not contained or DECISIVE & {name for _, name, _ in extra}:
             return False
         m, n = as_fraction(x), as_fraction(y)
         percent = [("", "percent", "") in words for words in (words_x, words_y)]
@@ -461,19 +504,20 @@ def same(a, b, algebra=None):
         return m == n
     if len({re.sub(r"\\text\{(\w)\}|\s", r"\1", text) for text in (a, b)}) == 1:  # 5 m and 5m too
         return True
-    based = [re.fullmatch(r"(\w+)_\{?(\d+)\}?|(\d+)", text) for text in (a, b)]
+    based = [re.fullmatch(r"([^\W_]+)_\{?(\d+)\}?|(\d+)", text) for text in (a, b)]
     if all(based):  # 52_8 is not 52_9
         return len({x[1] or x[3] for x in based}) == 1 and len({x[2] for x in based} - {None}) < 2
     x, y = truths(a), truths(b)
     if x or y:
         return x == y
     x, y = (re.sub(r"\\text\{(\w+)\}|\s", r"\1", text) for text in (a, b))
-    if min(len(x), len(y)) > 1 and x.isalpha() and y.isalpha():  # HHT is not THH, but xy is yx
+    listed = re.search(r"\\text\{(?:and|or)\}", a + b)
+    if not listed and min(len(x), len(y)) > 1 and x.isalpha() and y.isalpha():  # HHT is not THH, but xy is yx
         product = "\\" not in a + b and (a + b).islower()
         return x.lower() == y.lower() or (product and sorted(x) == sorted(y))
     x, y = choice(a), choice(b)
-    if x and y:
-        return x[0] == y[0]
+    if x and y:  # C and (C) 12
+        return x[0] == y[0] and (not x[1] or not y[1] or same(x[1], y[1], algebra))
     if (x or y) and (x or y)[1]:  # (C) 12 and 12
         return same(x[1] if x else a, y[1] if y else b, algebra)
     x, y = items(a), items(b)
@@ -497,11 +541,20 @@ def same_structure(a, b, x, y, algebra):
     lists = [len(parts) > 1 or kind == "{" for kind, parts in (x, y)]
     if not all(lists):
         (name, left), (other, right) = ((None, t) if is_list else assignment(t) for t, is_list in zip((a, b), lists))
-        if name and other and name != other and None not in (as_fraction(left), as_fraction(right)):
-            return False  # x = 5 and y = 5
-        alone = (name is None) != (other is None) and "=" not in (left if name is None else right)
-        if alone or (None not in (name, other) and (name == other or "" in (name, other))):
+        if None not in (name, other):
+            kinds = {"\\text" in name, "\\text" in other}
+            if name == other or "" in (name, other) or (len(kinds) == 2 and 1 in (len(name), len(other))):  # A, area
+                return same(left, right, algebra)
+            if None not in (as_fraction(left), as_fraction(right)):  # x = 5 and y = 5
+                return False
+        elif (name is None) != (other is None) and "=" not in (left if name is None else right):  # x = 5 and 5
             return same(left, right, algebra)
+    ratios = [split(text, ":") for text in (a, b)]
+    if max(map(len, ratios)) > 2:  # 1:2:3 is 2:4:6
+        first, second = ([as_fraction(part) for part in parts] for parts in ratios)
+        if len(first) == len(second) and None not in first + second and first[0] and second[0]:
+            return [x / first[0] for x in first] == [y / second[0] for y in second]
+        return len(first) == len(second) and all(same(x, y, algebra) for x, y in zip(*ratios))
     sets = any(relations) or re.search(r"\\cup|\\setminus|\\mid|\\pmod", a + b)
     if all(lists) and not all(relations) or any(lists) and not sets:
         return same_lists(x, y, algebra)
@@ -523,12 +576,14 @@ def by_form(gold, answer):
         return gold == answer or (max(len(gold), len(answer)) <= 2000 and same(gold, answer))
     except NeedsAlgebra:
         return None
+    except RecursionError:  # brackets in brackets in brackets
+        return False
 
 
 # ------------------------------------------------------------------------------------------------
 # Equal by algebra
 
-MISREAD = rules(  # these are names here, not numbers, functions and derivatives
+MISREAD = (  # these are names here, not numbers, functions and derivatives
     (r"(?<![A-Za-z\\])E(?![a-zA-Z])", r"\\Xi "), (r"\\gamma(?![a-z])", r"\\Upsilon "),
     (r"\\frac\{\s*d\s*(\\?[A-Za-z]+)\s*\}\{\s*d\s*(\\?[A-Za-z]+)\s*\}", r"\\Theta_{\1,\2}"),
 )  # fmt: skip
@@ -555,7 +610,7 @@ def algebra():
             join = sympy.Intersection if r"\text{and}" in text else sympy.Union
             return join(*(read(part).as_set() for part in parts))
         for pattern, replacement in MISREAD:
-            text = pattern.sub(replacement, text)
+            text = re.sub(pattern, replacement, text)
         real = not should_treat_as_complex(text)
         found = latex2sympy(text, is_real=real, normalization_config=plain, conversion_config=with_case)
         if isinstance(found, sympy.Expr):
@@ -718,7 +773,10 @@ def work(limit):
         # Nobody handles this alarm, so the system ends the process, C code and all. math-verify's own
         # limit is a Python handler, which C code never comes back to run.
         signal.setitimer(signal.ITIMER_REAL, limit)
-        grade = same(*json.loads(line), equal)
+        try:
+            grade = same(*json.loads(line), equal)
+        except RecursionError:
+            grade = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(int(grade), file=replies, flush=True)
 

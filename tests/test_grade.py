@@ -48,6 +48,9 @@ def grader():
         (r"we get \boxed{2}. Then, \boxed{3}", "3"),
         (r"the side is \boxed{2}, so the area is \boxed{4}", "4"),
         (r"\boxed{5}, \boxed{5}", "5"),
+        (r"\boxed{2}，\boxed{3}", "2, 3"),
+        (r"$f(1)=\boxed{3}$ and $f(2)=\boxed{4}$", "3, 4"),
+        (r"so $\boxed\frac{1}{2}$", r"\frac{1}{2}"),
     ],
 )
 def test_answers_are_found(text, answer):
@@ -202,6 +205,28 @@ Monday != Tuesday
 x\text{ positive} != x\text{ negative}
 5 mL != 5 L
 4 more != 4 fewer
+\$3{,}000 == 3000 dollars
+25,000 people == 25000
+300\text{ K} == 300
+7\mathrm{~N} == 7
+4\text{ kg}\cdot\text{m/s} == 4
+9.81\,\mathrm{m\,s^{-2}} == 9.81\text{ m/s}^2
+3 million == 3,000,000
+\$2.5\text{ million} == 2500000
+negative 7 == -7
+60 km/h == 60 kilometers per hour
+2 h 30 min == 150 min
+4 PM == 4:00 PM
+5\text{元} == 5
+3 厘米 == 3 cm
+20°C == 20 degrees Celsius
+6 \text{ (units)} == 6
+3 million != 3
+at least 4 != 4
+4 dozen != 4
+\text{length}=5, \text{width}=3 != \text{length}=3, \text{width}=5
+\text{perimeter}=20 != \text{area}=20
+half of 8 != 8
 """,
     "compound quantities": r"""
 5 feet 6 inches == 66 inches
@@ -237,6 +262,9 @@ east != seat
 WXYZ != ZYXW
 \frac{R}{r} != 1
 \triangle ABC \sim \triangle DEF != \triangle ABC \sim \triangle DFE
+Ann and Bob == Bob and Ann
+x_1x_2 == x_2x_1
+x_1x_2 != x_1x_3
 """,
     "structure": r"""
 (1,2) == ( 1 , 2 )
@@ -287,6 +315,23 @@ x=2, y=3 != x=3, y=2
 3:4 != 4:3
 (1,2,3) != (1,2)
 \emptyset != 0
+(A), (C) == A, C
+A and C == (C) and (A)
+(x,y)=(3,4) == (3,4)
+100, 200 == 200, 100
+\{x \mid 3\leq x\leq 4\} == [3,4]
+1:2:3 == 2:4:6
+(0,1) U (2,3) == (2,3)\cup(0,1)
+\left(\begin{array}{cc}1&2\\3&4\end{array}\right) == \begin{pmatrix}1&2\\3&4\end{pmatrix}
+no solution == \emptyset
+x=1, x=2 == 1, 2
+(A), (C) != (A), (B)
+(A) and (C) != A
+A: 5, B: 6 != A: 5, B: 7
+100, 200 != 100200
+1:2:3 != 1:3:2
+(x,y)=(3,4) != (4,3)
+no solution != no
 """,
     "one spelling": r"""
 5 == ５
@@ -376,6 +421,19 @@ x=7 != 8=x
 4.5\times10^{33} != 4.5·10³²
 10 != \mathbf{1}0 1
 AC != A, B
+1,024 == 2^{10}
+1,000x == 1000x
+\operatorname{arctan}(2) == \arctan 2
+\sqrt[3]{2} == ∛2
+0.1212... == \frac{4}{33}
+7 == ***7***
+7 == “7”
+2^{n(n+1)} == 2^(n(n+1))
+12 == The value of x is 12
+12 == x := 12
+{5 \choose 2} == 10
+1,024 != 2^{11}
+1.41421 != 1.4142
 """,
 }
 PAIRS = [(kind, *re.split(" ([!=]=) ", line)) for kind, text in KINDS.items() for line in text.strip().split("\n")]
@@ -448,6 +506,8 @@ def test_grader_agrees_with_what_others_wrote(problem_files, grader):
 
 
 HOSTILE = [r"10^{10^{10}}", "(" * 1999, r"\frac{" * 300, "x^{" * 600, r"\text{" * 300, "1," * 900 + "x", "9" * 100_000]
+HOSTILE += [r"\pm 1" * 300, "A:" * 900, "1" * 2000, "1 000 " * 300, "a_1" * 600, "**a" * 600, ".12" * 600]
+HOSTILE += [r"\sqrt(" * 300, "A. " * 600, r"5\text{m}" * 200]
 
 
 @pytest.mark.parametrize("hostile", [*HOSTILE, "(" * 100_000, "$" * 100_000, " " * 100_000 + "."])
