@@ -570,14 +570,12 @@ def same_structure(a, b, x, y, algebra):
 
 
 @functools.lru_cache(1 << 18)
-def by_form(gold, answer):
+def by_form(gold, answer, algebra=None):
     """True or False where the form of two answers decides whether they are equal, None where algebra must."""
     try:
-        return gold == answer or (max(len(gold), len(answer)) <= 2000 and same(gold, answer))
-    except NeedsAlgebra:
-        return None
-    except RecursionError:  # brackets in brackets in brackets
-        return False
+        return gold == answer or (max(len(gold), len(answer)) <= 2000 and same(gold, answer, algebra))
+    except (NeedsAlgebra, RecursionError) as e:  # too many brackets in brackets mean nothing
+        return None if isinstance(e, NeedsAlgebra) else False
 
 
 # ------------------------------------------------------------------------------------------------
@@ -666,9 +664,9 @@ def algebra():
 class Grader:
     """Says whether two answers mean the same: by their form where that decides it, else by algebra.
 
-    Algebra runs in processes of its own, one a core, since `10^{10^{10}}` keeps it busy for ever. The
-    system kills them after `limit` seconds, and another takes the place of a dead one. Such an answer
-    is not equal; `stuck` holds these pairs. `cache` is a file that each grade is added to as it comes.
+    Algebra runs in processes of its own, one a core, which the system kills after `limit` seconds, since
+    `10^{10^{10}}` keeps it busy for ever. Such an answer is not equal; `stuck` holds these pairs. `cache` is
+    a file that each grade is added to as it comes.
     """
 
     def __init__(self, limit=5.0, cache=None):
@@ -736,7 +734,7 @@ class Grader:
             self.file.write((json.dumps([*pair, grade]) + "\n").encode())
 
     def start(self):
-        command, pipe = [sys.executable, __file__, "--worker", "--time-limit", str(self.limit)], subprocess.PIPE
+        command, pipe = [sys.executable, __file__, "--worker", str(self.limit)], subprocess.PIPE
         # In a session of its own, so that Ctrl-C does not make each print a traceback; they end with stdin.
         worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0, start_new_session=True)
         if worker.stdout.readline() != b"ready\n":
@@ -773,24 +771,20 @@ def work(limit):
         # Nobody handles this alarm, so the system ends the process, C code and all. math-verify's own
         # limit is a Python handler, which C code never comes back to run.
         signal.setitimer(signal.ITIMER_REAL, limit)
-        try:
-            grade = same(*json.loads(line), equal)
-        except RecursionError:
-            grade = False
+        grade = by_form(*json.loads(line), equal)
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(int(grade), file=replies, flush=True)
 
 
 def main():
+    if sys.argv[1:2] == ["--worker"]:
+        return work(float(sys.argv[2]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", nargs="?", help='JSONL with "gold", and "text" or "answer", in each line')
+    parser.add_argument("file", help='JSONL with "gold", and "text" or "answer", in each line')
     parser.add_argument("--time-limit", type=float, default=5.0, help="seconds that algebra may take for an answer")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        return work(args.time_limit)
-    if args.file is None:
-        parser.error("which file?")
+    if not 0 < args.time_limit < float("inf"):
+        raise InputError(f"--time-limit {args.time_limit}: must be a number of seconds above 0")
     pairs = [(row["gold"], row.get("answer") or answer_of(row)) for row in read_jsonl(args.file, keys=("gold",))]
     grader = Grader(args.time_limit)
     grader.grade((gold, answer) for gold, answer in pairs if None not in (gold, answer))
