@@ -8,6 +8,8 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 RUN := runs/tiny
+# Threads that wait for each other sleep instead of spinning: beside other work that is two to five times as fast.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 setup: .venv/installed
 .PHONY: setup demo study test bench bench-gpu

@@ -16,26 +16,15 @@ names. Left out of the textbook: dropout, attention weights, beam search, paddin
 The words of the sampler: a *prefix* is a prompt to read, all but its last token; a *sequence* is
 one sample of it. *Prefill* computes the keys and values of a prefix, *decode* one more token of
 each sequence that runs; a *pass* is one call of the model. The cache is cut into pages, and the
-*page table* says which of them a sequence has. With pages of 256, two samples of a prompt of 600
-tokens share its two full pages, and each goes on in a third of its own:
-
-    the prefix's pages       | 0 .. 255 | 256 .. 511 |
-    sample 0, its own pages                          | 512 .. 599, then what it draws | 768 ..
-    sample 1, its own pages                          | 512 .. 599, then what it draws | 768 ..
+*page table* says which of them a sequence has: samples of a prompt share its full pages.
 
 The life of a token, in `stream`:
 
-    admit      a prompt gets pages, and a pass prefills its prefix, with other prefixes and beside
-               the sequences that are decoded; then its sequences get rows, as rows are free
+    admit      a prompt gets pages, and passes prefill its prefix; then its sequences get free rows
     decode     the newest token of each row goes through the model, and its keys and values into
                the cache; `sample_token` draws from the logits the token that is read next
     finish     at a stop token or at its limit a sequence leaves, and its pages are free again
-    preempt    when no page is free, the youngest prefix or sequence gives its pages up and waits
-               again, the tokens that it drew now part of the prefix
-
-On CUDA, in half precision, flash attention reads the pages where they lie, and while no prefix is
-read, decode steps replay a recorded graph, drawing included: bursts of eight, after which the host
-looks. Anywhere else the pages are gathered first: slower, plain, and right as well.
+    preempt    without a free page, the youngest gives its own up; what it drew joins its prefix
 
 Letters in the shape comments:
     B rows or sequences   T tokens of a pass   S positions   V vocabulary   L layers   C model width
@@ -47,6 +36,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import warnings
 import weakref
@@ -68,6 +58,18 @@ from files import InputError, read_json
 
 
 # ---------------------------------------------------------------------------------------- The model
+def setting(file, values, key, default=None, least=1, most=1e12, whole=True, among=()):
+    """values[key], or for null the default: a number, or one of `among`. InputError for all else."""
+    value = default if values.get(key) is None else values[key]
+    good, rule = value in among, " or ".join(map(str, among))
+    if not among:
+        good = type(value) in (int, float) and least <= value <= most and not (whole and value % 1)
+        rule = f"a {'whole ' * whole}number from {least} to {most:g}"
+    if not good:
+        raise InputError(f"{file}: {key} is {value!r:.60}; it must be {rule}")
+    return int(value) if whole and not among else value
+
+
 @dataclass
 class Config:
     """The numbers that fix a decoder's shape, read from a Hugging Face `config.json`."""
@@ -86,59 +88,46 @@ class Config:
     mlp_bias: bool
     qk_norm: bool  # RMSNorm over each query and key head
     windows: list  # for each layer, how many positions it looks back (itself included), or None
-    rope: dict  # rope_type, rope_theta and the numbers of that type
+    rope: dict  # all settings, those of RoPE among them
     raw: dict  # the file itself, to write it back
 
     @staticmethod
     def from_dict(raw):
         """Translate `raw`, a parsed config.json. InputError names what this file does not know."""
-        kind = raw.get("model_type")
-        if kind not in ("llama", "mistral", "qwen2", "qwen3"):
-            raise InputError(f"config.json: model_type {kind!r} is not known here; known: llama, mistral, qwen2, qwen3")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise InputError(f"config.json: activation {raw['hidden_act']!r} is not known here; known: silu")
-        need = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        if missing := [key for key in need if not isinstance(raw.get(key), int)]:
-            raise InputError(f"config.json: no number under {', '.join(missing)}")
-        n_layers, n_heads = raw["num_hidden_layers"], raw["num_attention_heads"]
-        context = raw.get("max_position_embeddings", 2048)
-        # Old files have rope_theta and rope_scaling, new ones one dict called rope_parameters.
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-        rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-        rope["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
-        rope.setdefault("original_max_position_embeddings", raw.get("original_max_position_embeddings") or context)
-        if rope["rope_type"] not in ("default", "linear", "llama3", "yarn"):
-            known = f"{rope['rope_type']!r} is not known here; known: default, linear, llama3, yarn"
-            raise InputError(f"config.json: RoPE type {known}")
-        if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
-            raise InputError("config.json: a partial_rotary_factor other than 1 is not known here")
+        read = functools.partial(setting, "config.json", raw)
+        flag = functools.partial(read, default=False, among=(False, True))
+        kind = read("model_type", among=("llama", "mistral", "qwen2", "qwen3"))
+        read("hidden_act", "silu", among=("silu",))
+        if raw.get("quantization_config"):
+            raise InputError("config.json: quantization_config: a quantised model; take the one that it was made from")
+        dim, n_layers, n_heads = read("hidden_size"), read("num_hidden_layers"), read("num_attention_heads")
         # Mistral slides in every layer, Qwen only where use_sliding_window says so, Llama never.
-        windows, window = [None] * n_layers, raw.get("sliding_window", 4096)
-        if kind == "mistral":
-            windows = [window] * n_layers
-        elif kind != "llama" and raw.get("use_sliding_window"):
-            first = raw.get("max_window_layers", 28)
-            types = raw.get("layer_types") or ["sliding_attention" if i >= first else "" for i in range(n_layers)]
-            windows = [window if t == "sliding_attention" else None for t in types]
-        bias = bool(raw.get("attention_bias", False)) and kind != "mistral"
+        slides = kind == "mistral" or (kind != "llama" and flag("use_sliding_window"))
+        window = read("sliding_window", 4096) if slides and raw.get("sliding_window", 0) is not None else None
+        first, types = (0, None) if kind == "mistral" else (read("max_window_layers", 28, 0), raw.get("layer_types"))
+        types = types or ["sliding_attention" if i >= first else "full_attention" for i in range(n_layers)]
+        if not isinstance(types, list) or len(types) != n_layers:
+            raise InputError(f"config.json: layer_types is {types!r:.60}; it must be a list of {n_layers}")
+        # Old files have rope_theta and rope_scaling, new ones one dict called rope_parameters.
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise InputError(f"config.json: the parameters of RoPE are {rope!r:.60}; they must be an object")
+        rope = {"rope_type": rope.get("type"), **{key: x for key, x in rope.items() if x is not None}}
+        bias = kind != "mistral" and flag("attention_bias")
         return Config(
-            vocab_size=raw["vocab_size"], dim=raw["hidden_size"], n_layers=n_layers, n_heads=n_heads,
-            n_kv_heads=raw.get("num_key_value_heads") or n_heads, mlp_dim=raw["intermediate_size"],
-            head_dim=raw.get("head_dim") or (128 if kind == "qwen3" else raw["hidden_size"] // n_heads),
-            norm_eps=raw.get("rms_norm_eps", 1e-6), context=context, qk_norm=kind == "qwen3",
-            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            vocab_size=read("vocab_size"), dim=dim, n_layers=n_layers, n_heads=n_heads,
+            n_kv_heads=read("num_key_value_heads", n_heads), mlp_dim=read("intermediate_size"),
+            head_dim=read("head_dim", 128 if kind == "qwen3" else dim // n_heads), qk_norm=kind == "qwen3",
+            norm_eps=read("rms_norm_eps", 1e-6, least=0, whole=False),
+            context=read("max_position_embeddings", {"llama": 2048, "mistral": 131072}.get(kind, 32768)),
+            tie_embeddings=flag("tie_word_embeddings"), mlp_bias=kind == "llama" and flag("mlp_bias"),
             qkv_bias=kind == "qwen2" or bias, out_bias=kind != "qwen2" and bias,
-            mlp_bias=kind == "llama" and bool(raw.get("mlp_bias", False)),
-            windows=windows, rope=rope, raw=raw,
+            windows=[window if t == "sliding_attention" else None for t in types], rope={**raw, **rope}, raw=raw,
         )  # fmt: skip
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467)."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
@@ -152,43 +141,40 @@ def rope_frequencies(config):
     wavelengths, with a ramp between; `yarn` also makes the attention sharper, by a factor.
     """
     rope, half = config.rope, config.head_dim // 2
-    theta, factor, original = rope["rope_theta"], rope.get("factor"), rope["original_max_position_embeddings"]
+    kind = setting("config.json", rope, "rope_type", "default", among=("default", "linear", "llama3", "yarn"))
+    setting("config.json", rope, "partial_rotary_factor", 1, among=(1,))
+    read = functools.partial(setting, f"config.json, {kind} RoPE", rope, least=0.001, whole=False)
+    theta, original = read("rope_theta", 10000.0, least=2), read("original_max_position_embeddings", config.context)
+    factor = 1.0 if kind == "default" else read("factor", config.context / original if kind == "yarn" else None)
     plane = torch.arange(half, dtype=torch.float32)
     freq = 1.0 / theta ** (plane / half)
-    if rope["rope_type"] == "default":
-        return freq, 1.0
-    if rope["rope_type"] == "linear":
+    if kind in ("default", "linear"):
         return freq / factor, 1.0
-    if rope["rope_type"] == "llama3":
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    if kind == "llama3":
+        low, high = read("low_freq_factor"), read("high_freq_factor")
         turns = original * freq / (2 * math.pi)  # full turns within the original context
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: many turns, left alone; 0: divided
+        keep = ((turns - low) / max(high - low, 1e-3)).clamp(0, 1)  # 1: many turns, left alone; 0: divided
         return freq * (keep + (1 - keep) / factor), 1.0
-    factor = factor or config.context / original  # yarn
 
     def plane_of(turns):  # the (fractional) plane that makes so many turns in the original context
         return half * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
-
-    def sharpen(scale):
-        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
-    low, high = plane_of(rope.get("beta_fast") or 32), plane_of(rope.get("beta_slow") or 1)
+    low, high = plane_of(read("beta_fast", 32)), plane_of(read("beta_slow", 1))
     if rope.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * half - 1)
     keep = 1 - ((plane - low) / (high - low if high > low else 0.001)).clamp(0, 1)
-    sharpness = rope.get("attention_factor")
-    if sharpness is None:
-        scale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
-        sharpness = sharpen(scale) / sharpen(all_dim) if scale and all_dim else sharpen(1.0)
-    return freq * (keep + (1 - keep) / factor), sharpness
+    scale, all_dim, sharpness = (read(key, 0, least=0) for key in ("mscale", "mscale_all_dim", "attention_factor"))
+    scale, all_dim = (scale, all_dim) if scale and all_dim else (1, 0)
+    sharp = 0.1 * math.log(max(factor, 1))
+    return freq * (keep + (1 - keep) / factor), sharpness or (sharp * scale + 1) / (sharp * all_dim + 1)
 
 
 def rotate(qkv, n, cos, sin):
     """Turn plane i of the first n heads, their elements (i, i + D/2).
 
-    qkv [..., heads, D]; cos, sin [..., 1, D]. The halves become a cos - b sin and b cos + a sin: x
-    cos plus its halves swapped times a sin whose first half is negative. Where no gradient is
-    needed it is done in place: the keys still lie beside the values, and one write caches both.
+    qkv [..., heads, D]; cos, sin [..., 1, D]. Halves become a cos - b sin and b cos + a sin: x cos
+    plus its halves swapped times a sin whose first half is negative. Without gradients it is done
+    in place: the keys still lie beside the values, and one write caches both.
     """
     x = qkv[..., :n, :]
     out = None if torch.is_grad_enabled() else x
@@ -206,8 +192,7 @@ def attend_causal(attention, qkv):
     """Whole sequences that attend to themselves: qkv [B, T, H + 2K, D] -> [B, T, H, D]."""
     T, window = qkv.shape[1], attention.window
     q, k, v = qkv.transpose(1, 2).split(attention.heads, dim=1)  # [B, H, T, D], [B, K, T, D] twice
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # [B, H, T, D]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [B, H, T, D]
     i = torch.arange(T, device=q.device)
     mask = None if window is None or T <= window else sees(i, i, window)  # [T, T]
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None).transpose(1, 2)
@@ -222,8 +207,7 @@ class Attention(nn.Module):
         self.layer, self.heads, self.window = layer, (H, K, K), config.windows[layer]
         self.qkv_proj = nn.Linear(C, (H + 2 * K) * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.out_bias)
-        self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
+        self.q_norm, self.k_norm = (RMSNorm(D, config.norm_eps) if config.qk_norm else None for _ in range(2))
 
     def forward(self, x, cos, sin, attend):
         H, K, _ = self.heads
@@ -262,11 +246,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The whole model. `model(ids)` gives the last hidden states, `model.lm_head(h)` the logits.
-
-    They are two calls because only few positions need logits, and with 152k entries a position
-    those are the largest tensors there are.
-    """
+    """The whole model. `model(ids)` gives the last hidden states, `model.lm_head(h)` the logits."""
 
     def __init__(self, config):
         super().__init__()
@@ -274,7 +254,7 @@ class Decoder(nn.Module):
         layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         parts = {"embed_tokens": nn.Embedding(config.vocab_size, config.dim), "layers": layers}
         self.model = nn.ModuleDict({**parts, "norm": RMSNorm(config.dim, config.norm_eps)})
-        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)  # called for few: logits are large
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         freq, self.rope_factor = rope_frequencies(config)
@@ -292,47 +272,44 @@ class Decoder(nn.Module):
         x = self.model.embed_tokens(ids)  # [..., T, C]
         angles = positions[:, None, None].float() * self.rope_freq  # [T, 1, D/2]
         cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
-        cos = torch.cat([cos, cos], -1).to(x.dtype)  # [T, 1, D]
-        sin = torch.cat([-sin, sin], -1).to(x.dtype)  # [T, 1, D]
+        cos, sin = (torch.cat(halves, -1).to(x.dtype) for halves in ([cos, cos], [-sin, sin]))  # [T, 1, D]
         for block in self.model.layers:
             x = block(x, cos, sin, attend)
         return self.model.norm(x)
 
 
 # --------------------------------------------------------------------------------- Weights and text
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", *SETTINGS)
 # layer here -> the layers of a checkpoint that it joins, one under another
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def checkpoint_tensors(model):
-    """The weights under the names that a checkpoint has, (name, tensor); a tied matrix comes once.
-
-    Of a merged layer the parts, as views. A weight sharded over processes is gathered first.
-    """
+    """Yield (name, weight) as in a checkpoint: tied matrices once, merged layers as views of parts."""
     c = model.config
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     sizes = {"qkv_proj": [q, kv, kv], "gate_up_proj": [c.mlp_dim] * 2}
     for name, weight in model.named_parameters():
-        whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # of a sharded one
         *path, layer, kind = name.split(".")  # kind: weight or bias
-        parts = MERGED.get(layer, [layer])
-        for part, rows in zip(parts, whole.detach().split(sizes.get(layer, len(whole)))):
+        for part, rows in zip(MERGED.get(layer, [layer]), whole.detach().split(sizes.get(layer, len(whole)))):
             yield ".".join([*path, part, kind]), rows
 
 
 def load(folder, device="cpu", dtype=torch.float32):
-    """Read a Hugging Face folder -> (Decoder in eval mode, Tokenizer). Only safetensors are read.
-
-    InputError where something is missing, spare, misshapen or unknown.
-    """
+    """Read a Hugging Face folder -> (Decoder in eval mode, Tokenizer); of weights only safetensors."""
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: no config.json, so this is not a model folder")
+    if (adapter := (folder / "adapter_config.json").exists()) or not (folder / "config.json").is_file():
+        what = "a LoRA adapter, to be merged into its model first" if adapter else "no config.json"
+        raise InputError(f"{folder}: {what}, so this is not a model folder")
     config = Config.from_dict(read_json(folder / "config.json"))
     files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if index.exists() and not (folder / files[0]).exists():
-        files = sorted(set(read_json(index)["weight_map"].values()))
+        names = read_json(index).get("weight_map")  # of each weight, its file
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise InputError(f"{index}: no weight_map that names files; download it again")
+        files = sorted(set(names.values()))
     with torch.device("meta"):  # shapes only: the weights come from the files
         model = Decoder(config).to(dtype)
     model = model.to_empty(device=device).eval()
@@ -340,7 +317,6 @@ def load(folder, device="cpu", dtype=torch.float32):
     if config.tie_embeddings:  # to_empty parted the two
         model.lm_head.weight = model.model.embed_tokens.weight
     targets, wrong = dict(checkpoint_tensors(model)), []
-    missing = set(targets)
     for file in files:
         try:
             with safe_open(folder / file, "pt", device=str(device)) as shard:
@@ -348,18 +324,19 @@ def load(folder, device="cpu", dtype=torch.float32):
                     # Some store a tied output matrix or RoPE's angles, which follow from the rest.
                     if key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and config.tie_embeddings):
                         continue
-                    missing.discard(key)
-                    shape = shard.get_slice(key).get_shape()
-                    if key not in targets:
+                    target = targets.pop(key, None)
+                    shape, kind = shard.get_slice(key).get_shape(), shard.get_slice(key).get_dtype()
+                    if kind not in ("F64", "F32", "F16", "BF16"):
+                        wrong.append(f"{key} is {kind}, so this is a quantised model")
+                    elif target is None:
                         wrong.append(f"{key} is spare")
-                    elif shape != list(targets[key].shape):
-                        wrong.append(f"{key} is {shape}, not {list(targets[key].shape)}")
+                    elif shape != list(target.shape):
+                        wrong.append(f"{key} is {shape}, not {list(target.shape)}")
                     else:
-                        targets[key].copy_(shard.get_tensor(key))
+                        target.copy_(shard.get_tensor(key))
         except (OSError, SafetensorError) as e:
             raise InputError(f"{folder / file}: cannot be read as safetensors ({e})")
-    wrong = sorted(wrong + [f"{key} is missing" for key in missing])
-    if wrong:
+    if wrong := sorted(wrong + [f"{key} is missing" for key in targets]):
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise InputError(f"{folder}: weights do not fit config.json: {', '.join(wrong[:8])}{more}")
     return model, Tokenizer(folder, config)
@@ -368,12 +345,11 @@ def load(folder, device="cpu", dtype=torch.float32):
 def save(model, folder, source, card=None, shard_bytes=5 * 10**9):
     """Write a Hugging Face folder: the weights as they are, the rest copied from folder `source`.
 
-    Weights of more than `shard_bytes` go to several files. Of a model that is sharded over
-    processes all have to call this; the first one writes. `card` becomes README.md. All goes to a
-    sibling folder first and is renamed at the end, so that `folder` is never half written.
+    Weights of more than `shard_bytes` go to several files; `card` becomes README.md. Of a model
+    that is sharded over processes all have to call this, and the first one writes: to a sibling
+    folder, which is renamed at the end, so that `folder` is never half written.
     """
     from huggingface_hub import save_torch_state_dict  # slow to import
-
     folder, partial, state = Path(folder), Path(f"{folder}.partial"), {}
     for name, weight in checkpoint_tensors(model):  # all processes take part in it
         if not dist.is_initialized() or dist.get_rank() == 0:
@@ -392,7 +368,34 @@ def save(model, folder, source, card=None, shard_bytes=5 * 10**9):
     for name in TOKENIZER_FILES:
         if (Path(source) / name).exists():
             shutil.copyfile(Path(source) / name, partial / name)
+    for path in partial.iterdir():
+        shutil.copymode(partial / "config.json", path)  # safetensors lets nobody but the owner read
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
     os.replace(partial, folder)
+
+
+def read_template(folder, source):
+    """The chat template of a folder; `source`: what tokenizer_config.json says, if no file has it."""
+    # A template is a program from somewhere else: it runs in jinja's sandbox. One that prints
+    # today's date gets a fixed one, so that the same command gives the same prompt tomorrow.
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    env.add_extension("jinja2.ext.loopcontrols")
+    env.intercepted_binops = frozenset("*")  # else 'x' * 10**9 becomes part of the program
+    env.filters["tojson"] = lambda x, ensure_ascii=False, **options: json.dumps(x, ensure_ascii=ensure_ascii, **options)
+    env.globals["strftime_now"] = lambda layout: {"%d %b %Y": "26 Jul 2024"}.get(layout, "2024-07-26")
+    env.globals["raise_exception"] = jinja2.StrictUndefined  # raises its message where it is printed
+    try:
+        file = folder / "chat_template.jinja"
+        source = file.read_text(encoding="utf-8") if file.exists() else source
+        source = {t["name"]: t["template"] for t in source} if isinstance(source, list) else source
+        source = source.get("default") if isinstance(source, dict) else source
+        if not source:
+            raise ValueError("there is none")
+        # {% generation %} marks, for other programs, what a model wrote; it changes no text.
+        return env.from_string(re.sub(r"(\{%[-+]?\s*(end)?)generation\b", r"\1with", source))
+    except Exception as e:  # a template may be wrong in any way
+        raise InputError(f"{folder}: no chat template that can be used ({e}); take an instruction-tuned model")
 
 
 class Tokenizer:
@@ -406,39 +409,26 @@ class Tokenizer:
             raise InputError(f"{folder}/tokenizer.json: cannot be read ({e}), so text cannot be turned into tokens")
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        files = folder / "tokenizer_config.json", folder / "generation_config.json"
-        settings, self.generation_config = (read_json(x) if x.exists() else {} for x in files)
-        # The words that a template may use; each is a string or {"content": string}.
-        words = {f"{n}_token": settings.get(f"{n}_token") or "" for n in ("bos", "eos", "unk", "pad")}
-        self.template_words = {n: w["content"] if isinstance(w, dict) else w for n, w in words.items()}
-        file = folder / "chat_template.jinja"
-        source = file.read_text(encoding="utf-8") if file.exists() else settings.get("chat_template")
-        if isinstance(source, list):  # several named templates
-            source = {t["name"]: t["template"] for t in source}.get("default")
-        if not source:
-            raise InputError(f"{folder}: no chat template; use an instruction-tuned model")
-        # A template is a program from somewhere else: it runs in jinja's sandbox. One that prints
-        # today's date gets a fixed one, so that the same command gives the same prompt tomorrow.
-        loops = ["jinja2.ext.loopcontrols"]
-        env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
-        env.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
-        env.globals["strftime_now"] = lambda layout: {"%d %b %Y": "26 Jul 2024"}.get(layout, "2024-07-26")
-
-        def raise_exception(message):
-            raise jinja2.TemplateError(message)
-        env.globals["raise_exception"] = raise_exception
-        try:
-            self.template = env.from_string(source)
-        except jinja2.TemplateError as e:
-            raise InputError(f"{folder}: the chat template cannot be read: {e}")
+        settings, special, defaults = (read_json(f) if (f := folder / name).exists() else {} for name in SETTINGS)
+        self.template = read_template(folder, settings.get("chat_template"))
+        defaults = self.generation_config = {key: x for key, x in defaults.items() if x is not None}
+        for key in defaults.keys() & {"temperature", "top_p", "min_p", "top_k", "max_new_tokens"}:
+            most, whole = 1 if key.endswith("_p") else 1e12, key in ("top_k", "max_new_tokens")
+            defaults[key] = setting(f"{folder}/generation_config.json", defaults, key, None, 0, most, whole)
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")  # each a string or {"content": string}
+        words = {name: settings.get(name) or special.get(name) or "" for name in names}
+        self.template_words = {n: str(w.get("content", "") if isinstance(w, dict) else w) for n, w in words.items()}
         # Generation stops at any of these ids; the tokenizer's eos ends a trained completion.
-        stops = self.generation_config.get("eos_token_id", config.raw.get("eos_token_id"))
-        stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
-        eos = self.tokenizer.token_to_id(self.template_words["eos_token"])
-        if not stops and eos is None:
+        file, found = (SETTINGS[2], defaults) if "eos_token_id" in defaults else ("config.json", config.raw)
+        stops = stops if isinstance(stops := found.get("eos_token_id"), list) else [stops]
+        stops = [setting(folder / file, {"eos_token_id": i}, "eos_token_id", least=0) for i in stops if i is not None]
+        eos, self.vocab_size = self.tokenizer.token_to_id(self.template_words["eos_token"]), config.vocab_size
+        if stops and eos not in (None, *stops):
+            warnings.warn(f"{folder / file}: eos_token_id lacks {eos}, the tokenizer's; both end a text", stacklevel=1)
+        self.stop_ids = stops if eos in (None, *stops) else [*stops, eos]
+        if not self.stop_ids:
             raise InputError(f"{folder}: no eos_token_id in generation_config.json or config.json")
-        self.stop_ids = stops or [eos]
-        self.end_id = eos if eos in self.stop_ids else self.stop_ids[0]
+        self.end_id = eos if eos in stops else self.stop_ids[0]
         added = self.tokenizer.get_added_tokens_decoder().values()
         self.added_words = [t.content for t in added]  # all that are cut out of text whole
         self.special_words = [t.content for t in added if t.special]  # control tokens
@@ -451,23 +441,33 @@ class Tokenizer:
                 text = text.replace(word, f"{word[0]}\ufdd0{word[1:]}")
         return text
 
-    def encode_marked(self, text):
-        """Token ids of a text with marks, each stretch between them encoded by itself."""
+    def encode_marked(self, text, *end):
+        """Token ids of a text with marks, each stretch between them encoded by itself; then `end`."""
         parts = [self.tokenizer.encode(part, add_special_tokens=False).ids for part in text.split("\ufdd0")]
-        return [i for part in parts for i in part]
+        ids = [i for part in (*parts, end) for i in part]
+        if (last := max(ids, default=0)) >= self.vocab_size:
+            word = self.tokenizer.id_to_token(last)
+            raise InputError(f"{self.folder}: {word!r} is token {last}, but vocab_size is {self.vocab_size}")
+        return ids
 
     def encode_chat(self, content):
         """A user message, in which control tokens stay text -> (the prompt, its token ids)."""
-        messages = [{"role": "user", "content": self.defuse(content, self.added_words)}]
-        try:
-            text = self.template.render(messages=messages, add_generation_prompt=True, **self.template_words)
-        except jinja2.TemplateError as e:
-            raise InputError(f"{self.folder}: the chat template fails: {e}")
-        return text.replace("\ufdd0", ""), self.encode_marked(text)
+        text, prompt, wrong = self.defuse(content, self.added_words), "", ""
+        options = {"tools": None, "documents": None, "add_generation_prompt": True, **self.template_words}
+        # Templates want a string or a list of parts, and may drop the other kind without a word.
+        for content in (text, [{"type": "text", "text": text}]):
+            try:
+                prompt = self.template.render(messages=[{"role": "user", "content": content}], **options)
+            except Exception as e:  # a template can fail in any way
+                wrong = wrong or f"{type(e).__name__}: {e}"
+            if text.strip() in prompt and 0 < len(prompt) < 2**24:  # some templates strip it
+                return prompt.replace("\ufdd0", ""), self.encode_marked(prompt)
+        why = wrong or f"{len(prompt)} characters that lack the message, or too many"
+        raise InputError(f"{self.folder}: the chat template gives no prompt ({why}); mend it, or use another model")
 
     def encode_completion(self, text):
         """Token ids of what a model wrote (`<think>` is one, `<|im_end|>` text), and its end."""
-        return self.encode_marked(self.defuse(text, self.special_words)) + [self.end_id]
+        return self.encode_marked(self.defuse(text, self.special_words), self.end_id)
 
     def encode(self, text):
         """Token ids of plain text, nothing added."""

@@ -10,25 +10,13 @@ notes, then `order_and_cut`, then `main`.
 """
 
 import argparse
-import dataclasses
 
 import numpy as np
 
-from files import InputError, command_line, meta_path, read_json, read_jsonl
+from files import InputError, as_written, command_line, meta_path, read_json, read_jsonl
 from grade import strip_thinking
-from model import load, uniforms
-from sample import (
-    SOLVE_PROMPT,
-    add_sampling_flags,
-    as_json,
-    check_sizes,
-    find_model,
-    fingerprint,
-    pick_device,
-    sampling_params,
-    versions,
-    write_rows,
-)
+from model import uniforms
+from sample import SOLVE_PROMPT, add_sampling_flags, as_json, check_flags, load_sampler, write_rows
 
 REFINE_PROMPT = """\
 Below are a problem and {n} candidate solutions. Some or all of the candidates may be wrong.
@@ -115,67 +103,59 @@ def refinement_prompt(row, order, tokenizer, context, reserve):
 
 
 def read_candidates(path, *more_keys):
+    """The rows of a candidates file, of sample.py or of another program: candidates need no more than a text."""
     rows = read_jsonl(path, keys=("id", "problem", "candidates", *more_keys))
-    for row in rows:
-        if not row["candidates"] or not all(isinstance(c, dict) and "text" in c for c in row["candidates"]):
-            raise InputError(f"{path}, id {row['id']!r}: no candidates with a text; make them with sample.py")
+    for number, row in enumerate(rows):
+        where, candidates = f"{path}, id {row['id']!r}", row["candidates"]
+        texts = candidates if isinstance(candidates, list) else [None]
+        if not texts or not all(isinstance(c, dict) and isinstance(c.get("text"), str) for c in texts):
+            raise InputError(f"{where}: no candidates with a text; make them with sample.py")
+        for key, kinds in (("prompt", str), ("answer", (str, int, float))):
+            if row.get(key) is not None and not isinstance(row[key], kinds):
+                raise InputError(f"{where}: its {key} is not a text but {str(row[key])[:40]!r}")
+        rows[number] = as_written(row, where)
     return rows
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--model", default="tiny", help="short name (see sample.py), hub id or folder (default: tiny)")
+    parser.add_argument("--model", default="tiny", help="short name (see hub.py), hub id or folder (default: tiny)")
     parser.add_argument("--candidates", required=True, metavar="FILE", help="made by sample.py")
-    parser.add_argument("--k", type=int, default=1, help="refinements a problem, in different orders (default: 1)")
+    parser.add_argument("-k", "--k", type=int, default=1, help="refinements a problem, each in an order of its own (1)")
     parser.add_argument("--limit", type=int, help="only the first so many problems")
     parser.add_argument("--out", help="default: FILE with .refined.jsonl for .candidates.jsonl")
     add_sampling_flags(parser)
     args = parser.parse_args(argv)
-    check_sizes(args, "k", "limit", "batch_size")
-    out = args.out or f"{args.candidates.removesuffix('.jsonl').removesuffix('.candidates')}.refined.jsonl"
+    check_flags(args, "k", "limit", "batch_size")
+    stem = args.candidates.removesuffix(".jsonl").removesuffix(".candidates")
+    if stem.endswith(".refined") and not args.out:
+        raise InputError(f"--candidates {args.candidates}: a refined file; say with --out where its new refinements go")
+    out = args.out or f"{stem}.refined.jsonl"
 
     rows = read_candidates(args.candidates)[: args.limit]
-    device, dtype = pick_device(args.device, args.dtype)
-    model, tokenizer = load(find_model(args.model), device, dtype)
-    params = sampling_params(args, tokenizer.generation_config)
-    context = model.config.context
-    reserve = min(params.max_new_tokens, context // 2)  # tokens kept for the refinement, but never more than half
-    prompts = []  # for each row, for each of its k refinements: (text, token ids, order)
+    for row in rows:
+        row.pop("refinements", None)  # of an earlier run, where this is a refined file
+    sampler = load_sampler(args)
+    context = sampler.model.config.context
+    reserve = min(sampler.params.max_new_tokens, context // 2)  # tokens kept for the refinement, never over half
+    prompts, requests = [], []  # of each row, for each of its k refinements
     for row in rows:
         # Shuffled: models prefer some places in a list, and training on one order would teach that place.
         orders = [shuffled(row, (args.seed, str(row["id"]), "order", j)) for j in range(args.k)]
-        prompts.append([refinement_prompt(row, order, tokenizer, context, reserve) for order in orders])
-
-    def requests(i):  # the orders differ, so each refinement has a prompt, and one key, of its own
-        keys = [(args.seed, str(rows[i]["id"]), "refine", j) for j in range(args.k)]
-        return [(ids, [key]) for (_, ids, _), key in zip(prompts[i], keys)]
+        found = [refinement_prompt(row, order, sampler.tokenizer, context, reserve) for order in orders]
+        prompts.append([{"order": order, "prompt": text, "n_prompt_tokens": len(ids)} for text, ids, order in found])
+        keys = [(args.seed, str(row["id"]), "refine", j) for j in range(args.k)]
+        requests.append([(ids, [key]) for (_, ids, _), key in zip(found, keys)])
 
     def finish(i, answers):
-        refinements = []
-        for (text, ids, order), [completion] in zip(prompts[i], answers):
-            shown = {"order": order, "prompt": text, "n_prompt_tokens": len(ids)}
-            refinements.append({**as_json(completion, tokenizer), **shown})
-        return {**rows[i], "refinements": refinements}
+        refined = [as_json(completion, sampler.tokenizer) for [completion] in answers]
+        return {**rows[i], "refinements": [{**item, **shown} for item, shown in zip(refined, prompts[i])]}
 
-    made_by = {
-        "weights": fingerprint(model),
-        "dtype": str(dtype).removeprefix("torch."),
-        "k": args.k,
-        "seed": args.seed,
-        "sampling": dataclasses.asdict(params),
-    }
-    tokens = {"prompt": sum(len(ids) for row in prompts for _, ids, _ in row)}
     source = meta_path(args.candidates)
-    record = {
-        "model": args.model,
-        "data": args.candidates,
-        "candidates_by": read_json(source).get("weights") if source.exists() else None,
-        "flags": vars(args),
-        "versions": versions(),
-        "parameters": sum(weight.numel() for weight in model.parameters()),
-        "tokens": tokens,
-    }
-    write_rows(args, out, rows, made_by, record, args.k, model, params, tokenizer.stop_ids, requests, finish)
+    by = read_json(source).get("weights") if source.exists() else None
+    parameters = sum(weight.numel() for weight in sampler.model.parameters())
+    record = {"data": args.candidates, "candidates_by": by, "parameters": parameters}
+    write_rows(args, out, rows, requests, finish, sampler, {"k": args.k}, record)
 
 
 if __name__ == "__main__":

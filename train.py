@@ -11,32 +11,28 @@ a larger teacher, and the student learns both at once:
     solve     problem                -> a solution of the teacher's
     refine    problem + candidates   -> the teacher's refinement of *these* candidates, which the student made
 
-The candidates are the student's own because its own mistakes are what it will have to refine. Solutions
-and refinements with a wrong answer are dropped. The loss is
+The candidates are the student's own because its own mistakes are what it will have to refine. A completion
+with a wrong answer is dropped, and so is one of a problem whose right answer is missing. The loss is
 
     L = L_solve + weight * L_refine
 
 where each L is the mean cross-entropy over that task's completion tokens in the step, the stop token
-included and the prompt left out: with one mean over both, the tokens of whichever task is longer would
-drown the other. A step is a set of rows that (seed, epoch, number of the step) fix. However many packs
-and processes share it, each mean is over all of its tokens:
+included: one mean over both would be dominated by the task with the longer completions. Seed, epoch and
+number of the step fix its rows; each mean is over all of them, however many packs and processes there are:
 
     rows of a step       solve 210 | refine 1,130 | refine 870 | solve 180 | ...
-    pack 0, process 0    [refine 1,130 | solve 210 | ...]      rows lie end to end in one flat row of tokens,
-    pack 1, process 1    [refine 870 | solve 180 | ...]        each sees itself alone, and nothing is padded
+    pack 0, process 0    [refine 1,130 | solve 210 | ...]      the rows of a pack are concatenated, without padding;
+    pack 1, process 1    [refine 870 | solve 180 | ...]        attention stays within each of them
 
-Without --solve and --refine, what is missing under runs/MODEL/ is made first, by the commands that are
-printed: the student's candidates, the teacher's solutions, the teacher's refinements. Given one or both,
-training uses those files alone.
-
-Beside the result OUT: OUT.metrics.jsonl and OUT.loss.png, OUT.meta.json, and OUT.checkpoints/step-N. Nothing in
-training is random but what (seed, epoch, id) fix, so a checkpoint needs no more than the weights, AdamW's moments
-and the number of the step, and a run that was killed ends as it would have ended.
-
-Left out: dropout, LoRA, tensor and pipeline parallelism, and packs cut to one length, which only compilers need.
+Without --solve and --refine the commands that are printed first make what is missing under runs/MODEL/: the
+student's candidates, the teacher's solutions and its refinements. Beside the result OUT are OUT.metrics.jsonl,
+OUT.loss.png, OUT.meta.json and OUT.checkpoints/step-N. Random numbers depend on seed, epoch and id alone: a
+run that was killed and started again goes on from its newest checkpoint, to the same weights.
+Left out: dropout, LoRA, tensor and pipeline parallelism, and packs that all have the same length.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -44,12 +40,12 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import sys
 import time
 import warnings
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,89 +54,102 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
+import files
 import refine
 import sample
-from files import InputError, command_line, meta_path, read_json, write_json
-from grade import Grader, answer_of
+from files import InputError, check_same, command_line, disk_errors, meta_path, read_json, write_json
+from grade import Grader, answer_of, gold_answer
+from hub import ALIASES, find_model, fingerprint, pick_device, versions
 from model import Config, Tokenizer, attend_causal, load, save, uniforms, use_varlen, varlen_attn
-from sample import ALIASES, find_model, fingerprint, pick_device
 
-# Without torchrun a checkpoint is saved by one process, as it should be.
-warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # in a checkpoint of one process
+FIRST = os.environ.get("RANK", "0") == "0"  # is this the first process that torchrun started, or the only one?
 TASKS = ("solve", "refine")
 KINDS = ("all wrong", "mixed", "all right")  # what the candidates of a refine row are
+RECORD = {"step": int, "tokens": int, "seconds": float}  # what a checkpoint says of the run so far
+# bfloat16 matrix products, FLOP/s, as the makers state them (without sparsity), by a word in the device's name
+PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12}
 CHUNK = 2**25  # logits at a time in the loss: 128 MiB
-# "Candidate 2 is right", or the last one, or the first two: true of the teacher's prompt alone.
+# "Candidate 2 is right", "the last candidate", "the first two": true only of the order in the teacher's own prompt.
 ORDINALS = "first|second|third|fourth|fifth|sixth|seventh|eighth|last"
-NAMED = rf"\b(candidate|solution)s?\W{{1,4}}(\d|(one|two|three|four|{ORDINALS})\b)"
-NAMED = re.compile(rf"{NAMED}|\b({ORDINALS}) (two |three )?(candidate|solution)", re.IGNORECASE)
-REASONS = ("excluded", "cut off", "no answer", "wrong", "duplicate", "too long", "unbalanced")
+BEFORE, AFTER = rf"\b({ORDINALS}) (two |three )?", rf"s?\W{{1,4}}(\d|(one|two|three|four|{ORDINALS})\b)"
+NAMED = re.compile(rf"\b(candidate|solution){AFTER}|{BEFORE}(candidate|solution)", re.IGNORECASE)
+Process = namedtuple("Process", "device dtype rank world")  # what it computes on and in; which it is, of how many
+SETTINGS = ("weight", "lr", "epochs", "steps", "batch_size", "max_length", "shown", "seed")  # flags that fix a result
+# Why a completion is not learned from; "ungraded": its problem has no right answer to compare with.
+REASONS = ("excluded", "ungraded", "cut off", "no answer", "wrong", "duplicate", "too long", "unbalanced")
 
 
 @dataclass
 class Row:
     """One training example."""
-
     task: int  # index in TASKS
-    prompt: list  # token ids that are only read; of a refine row, with the candidates as the teacher saw them
-    completion: list  # token ids that are learned, the stop id last
-    problem: dict = None  # of its line of the file: id, problem, prompt and, of a refine row, candidates
+    prompt: list  # token ids without a loss; those of a refine row show the candidates that the teacher saw
+    completion: list  # token ids with a loss, the stop id last
+    problem: dict = None  # from the line of the file: id, problem, prompt and, for a refine row, candidates
     number: int = 0  # which of its problem's completions
-    order: list = None  # of a refine row: the candidates that the teacher saw, if others may be shown as well
-    kind: int = None  # of a refine row: index in KINDS
+    order: list = None  # refine row: the candidates that the teacher saw; None if no other order may be shown
+    kind: int = None  # refine row: index in KINDS
 
 
-# ------------------------------------------------------------------------------------------------
-# From files to rows
-
-
-def data_stages(args):
-    """What makes the files that training needs -> (solve file, refine file, [(stage, its flags)])."""
-    folder = Path("runs") / Path(args.model).name
+# --------------------------------------------------------------------------------------------------- From files to rows
+def data_files(args):
+    """(solve file, refine file), None for one that is not there. Both are made, but for a dry run, if none is given."""
+    if args.solve or args.refine:
+        return args.solve, args.refine
     names = ("train.candidates.jsonl", "teacher.candidates.jsonl", "teacher.refined.jsonl")
-    candidates, solutions, refinements = (folder / name for name in names)
+    candidates, solutions, refinements = (f"runs/{Path(args.model).name}/{name}" for name in names)
     common = ["--seed", str(args.seed), "--device", args.device]
     common += ["--max-new-tokens", str(args.max_new_tokens)] if args.max_new_tokens else []
     problems = ["--data", args.data] + (["--limit", str(args.limit)] if args.limit else [])
-    stages = [
-        (sample, ["--model", args.model, *problems, "--n", str(args.n), "--out", str(candidates), *common]),
-        (sample, ["--model", args.teacher, *problems, "--n", "1", "--out", str(solutions), *common]),
-        (refine, ["--model", args.teacher, "--candidates", str(candidates), "--out", str(refinements), *common]),
-    ]
-    return solutions, refinements, stages
+    stages = (
+        (sample, ["--model", args.model, *problems, "--n", str(args.n), "--out", candidates, *common]),
+        (sample, ["--model", args.teacher, *problems, "--n", "1", "--out", solutions, *common]),
+        (refine, ["--model", args.teacher, "--candidates", candidates, "--out", refinements, *common]),
+    )
+    for stage, flags in stages:
+        if FIRST:
+            print(f"python {Path(stage.__file__).name} {' '.join(flags)}", flush=True)
+        if not args.dry_run:
+            stage.main(flags)
+    if Path(solutions).exists() and Path(refinements).exists():
+        return solutions, refinements
+    print("the rows are made by these commands; once they have run, --dry-run can count them")
+    return None, None
 
 
 def read_examples(path, task):
     """The lines of a candidates file (task 0) or a refined file (task 1), checked."""
     lines = refine.read_candidates(path, "answer", *["refinements"][:task])
     for line in lines if task else []:
-        numbers, found = range(len(line["candidates"])), line["refinements"]
+        n, found = len(line["candidates"]), line["refinements"]
         for x in found if isinstance(found, list) else [None]:
-            good = isinstance(x, dict) and isinstance(x.get("text"), str) and isinstance(x.get("order"), list)
-            if not (good and all(i in numbers for i in x["order"])):
+            good = isinstance(x, dict) and isinstance(x.get("order"), list) and isinstance(x.get("prompt") or "", str)
+            if not (good and isinstance(x.get("text"), str) and all(type(i) is int and 0 <= i < n for i in x["order"])):
                 raise InputError(f"{path}, id {line['id']!r}: a refinement lacks a text or an order of its candidates")
     return lines
 
 
-def make_rows(path, task, tokenizer, overlaps, args):
-    """The rows that a file gives to a task -> (rows, how many completions were dropped for each of REASONS)."""
+def make_rows(lines, task, tokenizer, overlaps, args):
+    """The rows that lines of a file give to a task -> (rows, how many completions were dropped for each of REASONS)."""
     rows, dropped, grader = [], dict.fromkeys(REASONS, 0), Grader()
-    for line in read_examples(path, task):
-        problem = {key: line.get(key, "") for key in ("id", "problem", "prompt", *["candidates"][:task])}
+    for line in lines:
+        problem = {"id": line["id"], "problem": line["problem"], "prompt": line.get("prompt") or ""}
+        gold, excluded, texts = gold_answer(line["answer"]), overlaps(line["problem"]), set()
         if task:
+            problem["candidates"] = line["candidates"]
             answers = [answer_of(candidate, problem["prompt"]) for candidate in line["candidates"]]
-            right = [grader.equal(line["answer"], answer) for answer in answers]
-        excluded, texts = overlaps(line["problem"]), set()
+            right = [grader.equal(gold, answer) for answer in answers]
         for number, completion in enumerate(line["refinements" if task else "candidates"]):
-            answer = answer_of(completion, completion.get("prompt", "") if task else problem["prompt"])
-            wrong = not grader.equal(line["answer"], answer)
-            checks = {"excluded": excluded, "cut off": completion.get("finish_reason") == "length"}
+            answer = answer_of(completion, (completion.get("prompt") or "") if task else problem["prompt"])
+            cut, wrong = completion.get("finish_reason") == "length", not grader.equal(gold, answer)
+            checks = {"excluded": excluded, "ungraded": gold is None, "cut off": cut}
             checks |= {"no answer": wrong and answer is None, "wrong": wrong, "duplicate": completion["text"] in texts}
             if not any(checks.values()):
                 texts.add(completion["text"])
@@ -149,10 +158,10 @@ def make_rows(path, task, tokenizer, overlaps, args):
                 if row and task:
                     shown = [right[i] for i in completion["order"]]
                     row.kind = 0 if not any(shown) else 2 if all(shown) else 1
-                    lot = uniforms((args.seed, str(line["id"]), "balance", number), 1)[0]
-                    checks["unbalanced"] = lot >= args.balance[row.kind]
-            if reason := next((name for name, bad in checks.items() if bad), None):
-                dropped[reason] += 1
+                    draw = uniforms((args.seed, str(line["id"]), "balance", number), 1)[0]
+                    checks["unbalanced"] = draw >= args.balance[row.kind]
+            if why := next((name for name, bad in checks.items() if bad), None):
+                dropped[why] += 1
             else:
                 rows.append(row)
     grader.close()
@@ -160,50 +169,49 @@ def make_rows(path, task, tokenizer, overlaps, args):
 
 
 def make_row(task, problem, number, completion, tokenizer, max_length):
-    """A Row, or None where prompt and completion do not fit `max_length` tokens together."""
-    ids, order = tokenizer.encode_completion(completion["text"]), completion.get("order")
+    """A Row, or None where prompt and completion together have more than `max_length` tokens."""
+    ids, order = tokenizer.encode_completion(completion["text"]), None
     try:
         if task:
-            prompt = refine.refinement_prompt(problem, order, tokenizer, max_length, len(ids))[1]
+            prompt = refine.refinement_prompt(problem, completion["order"], tokenizer, max_length, len(ids))[1]
+            order = None if NAMED.search(completion["text"]) else completion["order"]
         else:
             prompt = tokenizer.encode_chat(sample.SOLVE_PROMPT.format(problem=problem["problem"]))[1]
     except InputError:
         return None
-    order = order if task and not NAMED.search(completion["text"]) else None
     return Row(task, prompt, ids, problem, number, order) if len(prompt) + len(ids) <= max_length else None
 
 
 def shown_anew(row, epoch, tokenizer, args):
-    """A refine row with the candidates that this epoch shows: a number drawn from --shown of them, in a new order.
-
-    One order, seen in each epoch, would teach places in a list. With fewer candidates than the teacher saw, what it
-    took from the others comes from nowhere: of a tiny model, 2 to 4 instead of 4 halved what refinement gets right.
-    """
+    """A refine row with the candidates that this epoch shows: as many as --shown says, in an order of its own."""
+    # With one order for all epochs the model would learn at which place the right candidate stands. To show fewer than
+    # the teacher saw hides where its steps came from: a tiny model with 2 to 4 of 4 got half as many refinements right.
     if row.order is None:
         return row
     u = uniforms((args.seed, str(row.problem["id"]), "shown", row.number, epoch), len(row.order) + 1)
     low, high = (min(n or len(row.order), len(row.order)) for n in args.shown)
     order = [row.order[i] for i in np.argsort(u[1:], kind="stable")[: low + int(u[0] * (high - low + 1))]]
     try:
-        prompt = refine.refinement_prompt(row.problem, order, tokenizer, args.max_length, len(row.completion))[1]
-        return replace(row, prompt=prompt)
-    except InputError:  # tokens merge differently in another order: a row that just fitted may not fit now
+        fitting = refine.refinement_prompt(row.problem, order, tokenizer, args.max_length, len(row.completion))
+        return replace(row, prompt=fitting[1])
+    except InputError:  # another order may have a few more tokens, and a row that just fitted does not fit then
         return row
 
 
 def overlap_test(names):
     """Problem files -> a function that says whether a problem's text is one of theirs, or shares 8 words in a row."""
-
     def grams(text):
         words = re.findall(r"\w+", text.lower())
         return {" ".join(text.lower().split()), *(tuple(words[i : i + 8]) for i in range(len(words) - 7))}
-
-    seen = {gram for name in names for row in sample.load_problems(name) for gram in grams(row["problem"])}
+    try:
+        seen = {gram for name in names for row in sample.load_problems(name) for gram in grams(row["problem"])}
+    except InputError as e:
+        raise InputError(str(e).replace("--data", "--exclude", 1))
     return lambda text: bool(seen) and not seen.isdisjoint(grams(text))
 
 
 def split(rows, validation, seed):
-    """Rows -> (those to train on, those to validate on). All rows of a problem, told by its text, go together."""
+    """Rows -> (those to train on, those to validate on). All rows with the same problem text go together."""
     key = {id(row): " ".join(row.problem["problem"].split()) for row in rows}
     texts = sorted(set(key.values()), key=lambda text: uniforms((seed, text, "validation"), 1)[0])
     n = round(validation * len(texts)) if validation < 1 else int(validation)
@@ -213,11 +221,11 @@ def split(rows, validation, seed):
     return [r for r in rows if key[id(r)] not in held], [r for r in rows if key[id(r)] in held]
 
 
-def read_rows(solve, refined, tokenizer, overlaps, args):
-    """The files of both tasks -> (rows to train on, rows to validate on, what was found in each file)."""
+def read_rows(paths, examples, tokenizer, overlaps, args):
+    """The lines of both tasks' files -> (rows to train on, rows to validate on, what was found in each file)."""
     rows, counts = [], []
-    for task, path in enumerate((solve, refined)):
-        made, dropped = make_rows(path, task, tokenizer, overlaps, args) if path else ([], {})
+    for task, (path, lines) in enumerate(zip(paths, examples)):
+        made, dropped = make_rows(lines, task, tokenizer, overlaps, args) if path else ([], {})
         kinds = {kind: sum(row.kind == i for row in made) for i, kind in enumerate(KINDS)} if task else {}
         counts.append({"rows": len(made), **kinds, "dropped": dropped})
         if path:
@@ -225,41 +233,36 @@ def read_rows(solve, refined, tokenizer, overlaps, args):
             print(f"{path}: {len(made)} {TASKS[task]} rows{f' ({found})' if task else ''}; dropped: {lost}")
         rows += made
     if not rows:
-        raise InputError(f"{solve or ''} {refined or ''}: no right solution or refinement to learn from")
+        raise InputError(f"{' '.join(filter(None, paths))}: no right solution or refinement to learn from")
     return *split(rows, args.validation, args.seed), counts
 
 
-# ------------------------------------------------------------------------------------------------
-# From rows to packs
-
-
+# --------------------------------------------------------------------------------------------------- From rows to packs
 def epoch_of(rows, batch_size, seed, epoch):
     """One epoch as a list of steps, each a list of about `batch_size` Rows with its share of both tasks."""
     rng = np.random.default_rng([seed, epoch])
-    n_steps = max(1, round(len(rows) / batch_size))
-    steps = [[] for _ in range(n_steps)]
+    steps = [[] for _ in range(max(1, round(len(rows) / batch_size)))]
     for task in range(len(TASKS)):
         of_task = [row for row in rows if row.task == task]
-        parts = np.array_split(rng.permutation(len(of_task)), max(1, min(n_steps, len(of_task))))
+        parts = np.array_split(rng.permutation(len(of_task)), max(1, min(len(steps), len(of_task))))
         for place, part in enumerate(parts):  # fewer rows than steps are spread over the epoch
-            steps[place * n_steps // len(parts)] += [of_task[i] for i in part]
+            steps[place * len(steps) // len(parts)] += [of_task[i] for i in part]
     return [step for step in steps if step]
 
 
 def length_of(row):
-    """Tokens that a row takes in a pack: its last one is predicted, and never read."""
+    """Tokens that a row takes in a pack: all but its last one, which is predicted but is no input."""
     return len(row.prompt) + len(row.completion) - 1
 
 
 def packs_of(rows, room, world):
     """Rows -> packs (lists of Rows) of at most `room` tokens and of nearly the same length, longest first.
 
-    Their number is a multiple of `world`, the number of processes, which take packs in turn and wait for each other.
-    Longest first onto the pack that is emptiest; if that overflows one, again with more packs.
+    Processes compute a pack each and wait for the slowest, so the number of packs is a multiple of `world`, the
+    number of processes. Each row, longest first, goes to the emptiest pack; if one overflows, again with more packs.
     """
     rows = sorted(rows, key=length_of, reverse=True)
-    fewest = -(-sum(map(length_of, rows)) // room)
-    for n in itertools.count(-(-fewest // world) * world, world):
+    for n in itertools.count(-(-sum(map(length_of, rows)) // (room * world)) * world, world):
         packs, filled = [[] for _ in range(n)], [0] * n
         for row in rows:
             emptiest = filled.index(min(filled))
@@ -270,13 +273,10 @@ def packs_of(rows, room, world):
 
 
 def padding(steps, world):
-    """The share of tokens that nobody computes with while the longest pack of each round is computed."""
-    idle = total = 0
-    for packs in steps:
-        lengths = [sum(map(length_of, pack)) for pack in packs]
-        total += sum(lengths)
-        idle += sum(world * max(lengths[i : i + world]) for i in range(0, len(lengths), world)) - sum(lengths)
-    return idle / max(1, idle + total)
+    """The share of padding: idle tokens of the processes that wait while the longest pack of a round is computed."""
+    lengths = [[sum(map(length_of, pack)) for pack in packs] for packs in steps]
+    longest = sum(world * max(step[i : i + world]) for step in lengths for i in range(0, len(step), world))
+    return (longest - sum(map(sum, lengths))) / max(1, longest)
 
 
 def learned_tokens(rows):
@@ -284,22 +284,15 @@ def learned_tokens(rows):
     return [sum(len(row.completion) for row in rows if row.task == task) for task in range(len(TASKS))]
 
 
-# ------------------------------------------------------------------------------------------------
-# From packs to losses
-
-
+# ------------------------------------------------------------------------------------------------- From packs to losses
 def attention_within(lengths, device):
-    """Attention for rows of these lengths that lie end to end: no row sees another, and no mask of all is made.
-
-    The function returned takes qkv [T, H + 2K, D] -> [T, H, D].
-    """
+    """Attention, qkv [T, H + 2K, D] -> [T, H, D], within each of the concatenated rows; no mask [T, T] is needed."""
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)  # [rows + 1]
 
     def attend(attention, qkv):
         if use_varlen(qkv.device, qkv.dtype, qkv.shape[-1]):
             q, k, v = qkv.split(attention.heads, dim=1)
-            back = (-1 if attention.window is None else attention.window - 1, 0)
-            longest = max(lengths)
+            longest, back = max(lengths), (-1 if attention.window is None else attention.window - 1, 0)
             return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=back, enable_gqa=True)
         return torch.cat([attend_causal(attention, row[None])[0] for row in qkv.split(lengths)])
 
@@ -309,8 +302,8 @@ def attention_within(lengths, device):
 class ChunkedCrossEntropy(torch.autograd.Function):
     """hidden [M, C], output matrix [V, C], labels [M], scale [M] -> (sum of scale * cross-entropy, cross-entropy [M]).
 
-    The gradient is worked out beside the loss, for a few positions at a time, so that logits [M, V] never exist:
-    with 152k entries they would be larger than the model. The gradient of the logits is softmax - one_hot, by scale.
+    The gradient is computed together with the loss, for a few positions at a time: all logits [M, V] at once would be
+    larger than the model. The gradient of a position's logits is scale * (softmax - one_hot).
     """
 
     @staticmethod
@@ -345,54 +338,42 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def task_losses(model, pack, scale):
-    """A pack of Rows, the weight of a token of each task [2] -> (loss, the sum of cross-entropies of each task [2]).
-
-    A process without a row left takes part in the exchange of weights and gradients with one token and no loss.
-    """
+    """A pack of Rows, the weight of a token of each task [2] -> (loss, the sum of cross-entropies of each task [2])."""
+    # A process without a row computes one token, without a loss: with FSDP all of them exchange weights and gradients.
     device, lengths = scale.device, [length_of(row) for row in pack] or [1]
     ids = torch.tensor([i for row in pack for i in (row.prompt + row.completion)[:-1]] or [0])  # [T]
     positions = torch.cat([torch.arange(n) for n in lengths])  # [T]
     task = torch.tensor([row.task for row in pack for _ in row.completion], dtype=torch.long, device=device)  # [M]
     labels = torch.tensor([i for row in pack for i in row.completion], dtype=torch.long, device=device)  # [M]
     # Position i predicts token i + 1: a completion is learned from the last token of its prompt on.
-    ends = list(itertools.accumulate(lengths))
-    learned = [torch.arange(end - len(row.completion), end) for end, row in zip(ends, pack)]
-    learned = torch.cat([torch.arange(0), *learned]).to(device)  # [M]
+    ends = itertools.accumulate(lengths)
+    learned = [torch.arange(0), *(torch.arange(end - len(row.completion), end) for end, row in zip(ends, pack))]
     hidden = model(ids.to(device), positions.to(device), attention_within(lengths, device))  # [T, C]
-    loss, losses = ChunkedCrossEntropy.apply(hidden[learned], model.lm_head.weight, labels, scale[task])
+    hidden = hidden[torch.cat(learned).to(device)]  # [M, C]
+    loss, losses = ChunkedCrossEntropy.apply(hidden, model.lm_head.weight, labels, scale[task])
     return loss, torch.zeros(len(TASKS), device=device).index_add(0, task, losses)
 
 
 def flops(config, tokens, learned, squares):
-    """Floating-point operations of a step that reads `tokens` and learns `learned`; `squares`: sum of row lengths^2.
-
-    Forward and backward take 6 for each weight and token, the output matrix only at learned tokens, and causal
-    attention 6 for each of half the pairs, twice.
-    """
+    """Floating-point operations of a step: `learned` tokens have a loss, `squares` is the sum of row lengths^2."""
+    # 6 for each weight and token (output matrix: token with a loss), 12 for each channel of half the attention pairs.
     C, L, heads = config.dim, config.n_layers, config.n_heads * config.head_dim
     layer = 2 * C * heads + 2 * C * config.n_kv_heads * config.head_dim + 3 * C * config.mlp_dim
     return 6 * (L * layer * tokens + config.vocab_size * C * learned + L * heads * squares)
 
 
-# bfloat16 matrix products, FLOP/s, as the makers state them (without sparsity), by a word in the device's name
-PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12}
-
-
-# ------------------------------------------------------------------------------------------------
-# Weights on many devices, and checkpoints
-
-
+# ----------------------------------------------------------------------------- Weights on many devices, and checkpoints
 def prepare(model, device, world, dtype, checkpointing):
     """Get a loaded model ready for training -> {name: weight}, all of them float32.
 
-    Of several processes each keeps a part of every weight, gradient and moment (FSDP2), and a layer is gathered,
-    in `dtype`, while it computes. The weights are read by every process into the machine's own memory and go to the
-    GPU a layer at a time, so that no GPU ever holds them whole. One GPU is the same with one part.
+    Each process keeps a part of every weight, gradient and moment (FSDP2), and gathers a layer's weights, in `dtype`,
+    while it computes. The model waits in CPU memory, and its parts move to the GPU layer by layer: no GPU ever holds
+    all of it. One GPU is the case of one part.
     """
     model.train()
     if checkpointing:  # keep the input of each layer alone, and compute the rest again when its gradient is due
         for block in model.model.layers:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
     if dist.is_initialized():
         mesh = init_device_mesh(device.type, (world,))
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -412,36 +393,54 @@ def start_optimizer(weights, lr):
 
 def tensors(weights, optimizer):
     """The tensors of a checkpoint: each weight with its moments, under its name."""
-    moments = {name: {key: optimizer.state[x][key] for key in ("exp_avg", "exp_avg_sq")} for name, x in weights.items()}
-    return {name: {"weight": weight.detach(), **moments[name]} for name, weight in weights.items()}
+    moments = {x: {key: optimizer.state[x][key] for key in ("exp_avg", "exp_avg_sq")} for x in weights.values()}
+    return {name: {"weight": x.detach(), **moments[x]} for name, x in weights.items()}
 
 
 def whole_checkpoints(folder):
     """The checkpoints in a folder, oldest first. One that is being written or deleted has another name."""
-    found = [path for path in Path(folder).glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    found = (path for path in Path(folder).glob("step-*") if path.name[5:].isdigit())
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def save_checkpoint(folder, step, state, record, keep, rank):
-    """Write `state`, the tensors, and `record` to folder/step-STEP, and delete all but the newest `keep`.
+def reason(error):
+    """What went wrong with a checkpoint, in words. torch wraps the errors of all processes in one of its own."""
+    cause = error = next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
+    if not isinstance(error, Exception):
+        raise error  # Ctrl-C or SIGTERM
+    while cause and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause.strerror if cause else f"{type(error).__name__}: {error}"
 
-    It gets its name when all of it is on disk: a kill at any moment leaves the checkpoint before it.
-    """
-    partial, final = folder / f"step-{step}.partial", folder / f"step-{step}"
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    wait()
-    dcp.save(state, checkpoint_id=partial)  # its files are synced
-    if rank == 0:
-        write_json(partial / "record.json", record)
-        for path in (partial / "record.json", partial):
-            sync(path)
-        os.rename(partial, final)
-        sync(folder)
-        for old in whole_checkpoints(folder)[:-keep]:
-            os.rename(old, f"{old}.partial")
-            shutil.rmtree(f"{old}.partial")
+
+@contextlib.contextmanager
+def writing(path):
+    """A full disk and the like as an InputError, also where torch or safetensors make an error of their own of it."""
+    try:
+        with disk_errors(path):
+            yield
+    except (dcp.api.CheckpointException, SafetensorError) as e:
+        raise InputError(f"{path}: cannot be written ({reason(e)}); what was finished is kept, and a rerun goes on")
+
+
+def save_checkpoint(folder, state, record, keep, rank):
+    """Write `state`, the tensors, and `record` to folder/step-STEP, which gets its name when all of it is on disk."""
+    partial, final = folder / f"step-{record['step']}.partial", folder / f"step-{record['step']}"
+    with writing(final):
+        if rank == 0:
+            for path in folder.glob("step-*.partial"):  # of a run that was killed, or found no room
+                shutil.rmtree(path)
+            partial.mkdir(parents=True)
+        wait()
+        dcp.save(state, checkpoint_id=partial)  # its files are synced
+        if rank == 0:
+            write_json(partial / "record.json", record)
+            sync(partial)
+            os.rename(partial, final)
+            sync(folder)
+            for old in whole_checkpoints(folder)[:-keep]:
+                os.rename(old, f"{old}.partial")
+                shutil.rmtree(f"{old}.partial")
     wait()
 
 
@@ -458,17 +457,14 @@ def wait():
         dist.barrier()
 
 
-def total(tensor):
-    """The sum of each element over all processes, in place."""
+def total(tensor, operation=dist.ReduceOp.SUM):
+    """The sum, or another operation, of each element over all processes, in place."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, operation)
     return tensor
 
 
-# ------------------------------------------------------------------------------------------------
-# Training
-
-
+# ------------------------------------------------------------------------------------------------------------- Training
 def learning_rate(step, n_steps, peak, warmup):
     """Linear warm-up to `peak`, then half a cosine down to a tenth of it."""
     if step < warmup:
@@ -485,121 +481,127 @@ def update(model, weights, optimizer, packs, scale, lr):
         loss.backward()
         sums += losses
     norm = torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
     return sums, norm.full_tensor() if dist.is_initialized() else norm
 
 
-def validate(model, rows, room, device, rank, world):
+def validate(model, rows, room, process):
     """The mean cross-entropy over the learned tokens of each task of the validation rows, None without any."""
-    sums = torch.zeros(len(TASKS), device=device)
+    sums = torch.zeros(len(TASKS), device=process.device)
     with torch.no_grad():
-        for pack in packs_of(rows, room, world)[rank::world]:
+        for pack in packs_of(rows, room, process.world)[process.rank :: process.world]:
             sums += task_losses(model, pack, sums)[1]
     return [s / c if c else None for s, c in zip(total(sums).tolist(), learned_tokens(rows))]
 
 
-def train(model, rows, held, tokenizer, args, device, dtype, out, made_by, rank, world):
-    """Fine-tune `model` in place on `rows`, from the newest checkpoint on if there is one -> what was spent.
-
-    `held` are the validation rows. A step more is a JSON line more in OUT.metrics.jsonl.
-    """
-    folder, log_path = Path(f"{out}.checkpoints"), Path(f"{out}.metrics.jsonl")
-    weights = prepare(model, device, world, dtype, args.checkpointing)
-    optimizer = start_optimizer(weights, args.lr)
-    first, seen, spent = 0, 0, 0.0
-    if rank == 0:
-        for path in folder.glob("*.partial"):
-            shutil.rmtree(path)
-    wait()
-    if found := whole_checkpoints(folder):
-        record = read_json(found[-1] / "record.json")
-        dcp.load(tensors(weights, optimizer), checkpoint_id=found[-1])  # in place
-        first, seen, spent = record["step"], record["tokens"], record["seconds"]
-        for state in optimizer.state.values():
-            state["step"].fill_(first)
-        if rank == 0:
-            print(f"{found[-1]}: goes on from there")
-    if rank == 0:  # lines of steps that will be done again go
-        lines = sample.whole_lines(log_path)[0] if found and log_path.exists() else []
-        kept = Path(f"{log_path}.partial")
-        kept.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= first))
-        os.replace(kept, log_path)
-
+def steps_ahead(rows, first, n_steps, tokenizer, args, world):
+    """(number, packs) of each step from `first` on, the same in every process. A thread prepares the next one."""
     per_epoch = len(epoch_of(rows, args.batch_size, args.seed, 0))
-    n_steps = args.steps or args.epochs * per_epoch
-    warmup, weight = max(1, n_steps // 20), torch.tensor([1.0, args.weight], device=device)
-    peak = next((x for word, x in PEAKS.items() if device.type == "cuda" and word in torch.cuda.get_device_name()), 0)
-    started, seen_before, work = time.time(), seen, 0
 
-    def rows_and_packs(number):  # a step is the same for every process, which then takes its packs of it
+    def packs_of_step(number):
         epoch, i = divmod(number, per_epoch)
-        step = [shown_anew(row, epoch, tokenizer, args) for row in epoch_of(rows, args.batch_size, args.seed, epoch)[i]]
-        return step, packs_of(step, args.max_length, world)
+        step = epoch_of(rows, args.batch_size, args.seed, epoch)[i]
+        return packs_of([shown_anew(row, epoch, tokenizer, args) for row in step], args.max_length, world)
 
-    bar = tqdm(range(first, n_steps), desc="train", unit=" steps", initial=first, total=n_steps)
-    bar.disable = bar.disable or rank > 0
-    caught, signals = [], (signal.SIGINT, signal.SIGTERM)  # asked to stop: after the step, with a checkpoint
-    before = [signal.signal(number, lambda number, _: caught.append(number)) for number in signals]
-    log = open(log_path if rank == 0 else os.devnull, "a", encoding="utf-8")
-    with log, ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(rows_and_packs, first)
-        for number in bar:
-            done, (step, packs) = number + 1, coming.result()
-            coming = pool.submit(rows_and_packs, done)  # tokens of the next step, beside the computing
-            counts = learned_tokens(step)
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(packs_of_step, first)
+        for number in range(first, n_steps):
+            packs, coming = coming.result(), pool.submit(packs_of_step, number + 1)
+            yield number, packs
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """SIGINT and SIGTERM do not end the process but add its exit code, 130 or 143, to the list that this gives."""
+    caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: caught.append(128 + number)) for number in numbers]
+    try:
+        yield caught
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
+def resume(model, log_path, folder, args, process):
+    """Get ready to train on from the newest checkpoint, and cut the log back to it -> weights, optimizer, record."""
+    weights = prepare(model, process.device, process.world, process.dtype, args.checkpointing)
+    optimizer, record = start_optimizer(weights, args.lr), {"step": 0, "tokens": 0, "seconds": 0.0}
+    found = whole_checkpoints(folder)[-1:]
+    for path in found:
+        try:
+            record = {key: kind(read_json(path / "record.json")[key]) for key, kind in RECORD.items()}
+            dcp.FileSystemReader(path).read_metadata()  # where this fails, dcp.load would print a traceback
+            dcp.load(tensors(weights, optimizer), checkpoint_id=path)  # in place
+        except (Exception, dcp.api.CheckpointException) as e:
+            raise InputError(f"{path}: cannot be read ({reason(e)}); without it, a rerun goes on from the one before")
+    for state in optimizer.state.values():
+        state["step"].fill_(record["step"])
+    if process.rank == 0:
+        print(f"{found[0]}: goes on from there\n" if found else "", end="")
+        lines = files.whole_lines(log_path)[0] if found and log_path.exists() else []
+        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= record["step"]]
+        files.write_text(log_path, "".join(kept))
+    wait()
+    return weights, optimizer, record
+
+
+def train(model, tokenizer, rows, held, args, process, made_by):
+    """Train `model` in place, from its newest checkpoint on -> what was spent; `held` are the rows to validate on."""
+    folder, log_path = Path(f"{args.out}.checkpoints"), Path(f"{args.out}.metrics.jsonl")
+    device, _, rank, world = process
+    weights, optimizer, before = resume(model, log_path, folder, args, process)
+    first, tokens = before["step"], before["tokens"]
+    n_steps = args.steps or args.epochs * len(epoch_of(rows, args.batch_size, args.seed, 0))
+    if rank == 0:
+        todo = f"{n_steps - first} of {n_steps} steps on {device} x {world}, computing in {str(process.dtype)[6:]}"
+        print(f"{args.out}: {len(rows)} rows to train on, {len(held)} to validate on; {todo}", flush=True)
+    peak = next((x for word, x in PEAKS.items() if device.type == "cuda" and word in torch.cuda.get_device_name()), 0)
+    weight, work, started = torch.tensor([1.0, args.weight], device=device), 0, time.time()
+    bar = tqdm(desc="train", unit=" steps", initial=first, total=n_steps, disable=rank > 0)
+    with bar, stop_signals() as caught:
+        for number, packs in steps_ahead(rows, first, n_steps, tokenizer, args, world):
+            done, step = number + 1, [row for pack in packs for row in pack]
+            counts, lengths = learned_tokens(step), [length_of(row) for row in step]
             # FSDP takes the mean of the gradients over the processes; ours is a sum.
             scale = weight * world / torch.tensor(counts, device=device).clamp(min=1)  # [2]
-            lr = learning_rate(number, n_steps, args.lr, warmup)
+            lr = learning_rate(number, n_steps, args.lr, max(1, n_steps // 20))
             sums, norm = update(model, weights, optimizer, packs[rank::world], scale, lr)
-            # One process may have been asked to stop a step before another: they agree on it here.
-            asked = torch.tensor([float(x in caught) for x in signals], device=device)
-            *sums, interrupt, terminate = total(torch.cat([sums, asked])).tolist()
             if not math.isfinite(norm):
                 raise InputError(f"step {done}: the gradient is not finite; lower --lr and choose another --out")
-
-            means = [s / c if c else None for s, c in zip(sums, counts)]
-            lengths = [length_of(row) for row in step]
-            seen += sum(lengths)
+            solve, refined = (s / c if c else None for s, c in zip(total(sums).tolist(), counts))
+            tokens, now = tokens + sum(lengths), time.time() - started
             work += flops(model.config, sum(lengths), sum(counts), sum(n * n for n in lengths))
-            now = time.time() - started
-            line = {"step": done, "loss_solve": means[0], "loss_refine": means[1], "lr": lr, "grad_norm": norm.item()}
-            line |= {"padding": padding([packs], world), "tokens": seen, "seconds": round(spent + now, 2)}
+            line = {"step": done, "loss_solve": solve, "loss_refine": refined, "lr": lr, "grad_norm": norm.item()}
+            line |= {"padding": padding([packs], world), "tokens": tokens, "seconds": round(before["seconds"] + now, 2)}
             if held and (done == n_steps or done % max(1, n_steps // 10) == 0):
-                found = validate(model, held, args.max_length, device, rank, world)
+                found = validate(model, held, args.max_length, process)
                 line |= {f"validation_{name}": mean for name, mean in zip(TASKS, found)}
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            shown = [f"{name} {mean:.3f}" for name, mean in zip(TASKS, means) if mean is not None]
-            shown += [f"{(seen - seen_before) / now:,.0f} tokens/s"]
-            bar.set_postfix_str(" ".join(shown + ([f"MFU {work / now / peak / world:.0%}"] if peak else [])))
-            stop = (interrupt or terminate) and done < n_steps
-            if stop or (done % args.save_every == 0 and done < n_steps):
-                sync(log_path) if rank == 0 else None
-                record = {**made_by, **{key: line[key] for key in ("step", "tokens", "seconds")}}
-                save_checkpoint(folder, done, tensors(weights, optimizer), record, args.keep, rank)
-            if stop:
-                bar.close()
-                if rank == 0:
-                    print(f"stopped, saved at step {done}; the same command goes on from there", file=sys.stderr)
-                sys.exit(143 if terminate else 130)
-    for number, handler in zip(signals, before):
-        signal.signal(number, handler)
-    model.eval()
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # what Linux counts in KiB
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
-    spent = {"steps": n_steps, "tokens": seen, "seconds": round(spent + time.time() - started, 2)}
-    return {**spent, "peak_memory": memory, "processes": world, "last": line}
+            with disk_errors(log_path), open(log_path if rank == 0 else os.devnull, "a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+            shown = [f"{name} {mean:.3f}" for name, mean in zip(TASKS, (solve, refined)) if mean is not None]
+            shown += [f"{(tokens - before['tokens']) / now:,.0f} tokens/s"]
+            bar.set_postfix_str(" ".join(shown + ([f"MFU {work / now / peak / world:.0%}"] if peak else [])), False)
+            bar.update()
+            # One process may have been asked to stop a step before another: they agree on it here.
+            code = int(total(torch.tensor(max(caught, default=0), device=device), dist.ReduceOp.MAX))
+            if done < n_steps and (code or done % args.save_every == 0):
+                record = {**made_by, **{key: line[key] for key in RECORD}}
+                save_checkpoint(folder, tensors(weights, optimizer), record, args.keep, rank)
+                if code:
+                    bar.close()
+                    if rank == 0:
+                        print(f"stopped, saved at step {done}; the same command goes on from there", file=sys.stderr)
+                    sys.exit(code)
+    spent = {"steps": n_steps, "tokens": tokens, "seconds": line["seconds"], "processes": world}
+    return {**spent, "peak_memory": torch.cuda.max_memory_allocated(), "last": line}
 
 
-# ------------------------------------------------------------------------------------------------
-# Before and after
-
-
-def dry_run(config, rows, tokenizer, args, device, dtype, world):
+# ----------------------------------------------------------------------------------------------------- Before and after
+def dry_run(config, rows, tokenizer, args, process):
     """Print what the training would take: exact for rows and tokens of the first epoch, estimated for the rest."""
+    device, dtype, _, world = process
     rows = [shown_anew(row, 0, tokenizer, args) for row in rows]
     steps = [packs_of(step, args.max_length, world) for step in epoch_of(rows, args.batch_size, args.seed, 0)]
     lengths = [sum(map(length_of, pack)) for packs in steps for pack in packs]
@@ -607,7 +609,6 @@ def dry_run(config, rows, tokenizer, args, device, dtype, world):
     n_steps = args.steps or args.epochs * len(steps)
     print(f"an epoch: {len(rows)} rows, {tokens:,} tokens, {learned:,} of them learned, {len(steps)} steps")
     print(f"packs: {len(lengths)} of at most {max(lengths):,} tokens, padding {padding(steps, world):.1%}")
-
     C, F, V, L = config.dim, config.mlp_dim, config.vocab_size, config.n_layers
     heads, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     n_weights = L * C * (2 * heads + 2 * kv + 3 * F) + V * C * (1 if config.tie_embeddings else 2)
@@ -616,56 +617,45 @@ def dry_run(config, rows, tokenizer, args, device, dtype, world):
     kept = (C * L + kept if args.checkpointing else kept * L) * dtype.itemsize
     # A weight, its gradient and two moments take 4 bytes each.
     memory = 16 * n_weights / world + max(lengths) * kept + 4 * V * C + 3 * 4 * CHUNK
-    a, b, times = torch.randn(2048, C, device=device).to(dtype), torch.randn(C, F, device=device).to(dtype), []
-    for _ in range(6):
-        started = time.time()
-        (a @ b)[0, 0].item()  # waits for the device
-        times.append(time.time() - started)
+    factors = {"a": torch.randn(2048, C, device=device).to(dtype), "b": torch.randn(C, F, device=device).to(dtype)}
+    product = Timer("a @ b", globals=factors, num_threads=torch.get_num_threads()).timeit(5).median  # seconds
     work = flops(config, tokens, learned, sum(length_of(row) ** 2 for row in rows)) * n_steps / len(steps)
-    seconds = work / (0.7 * world * 2 * 2048 * C * F / min(times))  # of what one product reaches, 70% has been seen
+    seconds = work / (0.7 * world * 2 * 2048 * C * F / product)  # of what one product reaches, 70% has been seen
     print(f"{n_steps} steps: about {memory / 2**30:.1f} GiB a process and {seconds / 60:,.1f} minutes")
 
 
 def draw_losses(log_path, path):
     """The losses of both tasks over the steps, in training and validation, as a figure."""
-    import matplotlib
+    from matplotlib.figure import Figure  # slow to import
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lines = sample.whole_lines(log_path)[0]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for task, color, style, mark in zip(TASKS, ("#0072b2", "#d55e00"), ("-", "--"), ("o", "s")):
-        for key, looks in (("loss", {"linestyle": style}), ("validation", {"linestyle": "none", "marker": mark})):
+    lines, axes = files.whole_lines(Path(log_path))[0], Figure(figsize=(7, 4), layout="constrained").subplots()
+    for task, color, line_style, marker in zip(TASKS, ("#0072b2", "#d55e00"), ("-", "--"), ("o", "s")):
+        for key, style in (("loss", line_style), ("validation", marker)):
             points = [(line["step"], line[f"{key}_{task}"]) for line in lines if line.get(f"{key}_{task}") is not None]
             if points:
-                axes.plot(*zip(*points), color=color, mfc="none", linewidth=1, label=f"{key}, {task}", **looks)
+                axes.plot(*zip(*points), style, color=color, mfc="none", linewidth=1, label=f"{key}, {task}")
     axes.set(xlabel="step", ylabel="cross-entropy of a learned token, nats", ylim=(0, None))
     axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    axes.figure.savefig(path, dpi=150)
 
 
 def model_card(args, record):
     """README.md of the trained folder."""
-    return (
-        f"---\nbase_model: {args.model}\nlibrary_name: transformers\n---\n"
-        f"# {Path(args.model).name}, trained to solve and to refine\n\n"
-        "Generative Self-Refinement (arXiv 2509.00084): trained jointly on a larger teacher's solutions and on its\n"
-        "refinements of this model's own candidates. The weights are float32. Data, results and flags:\n\n"
-        f"```json\n{json.dumps(record, indent=2, ensure_ascii=False)}\n```\n"
-    )
+    return f"""---\nbase_model: {args.model}\nlibrary_name: transformers\n---
+# {Path(args.model).name}, trained to solve and to refine\n
+Generative Self-Refinement (arXiv 2509.00084): trained jointly on a larger teacher's solutions and on its
+refinements of this model's own candidates. The weights are float32. Data, results and flags:\n
+```json\n{json.dumps(record, indent=2, ensure_ascii=False)}\n```\n"""
 
 
-# ------------------------------------------------------------------------------------------------
-
-
-def main(argv=None):
+# ---------------------------------------------------------------------------------------------------------- The command
+def read_flags(argv):
+    """The command's flags, with the defaults that depend on --model; InputError for one that cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     add = parser.add_argument_group("what").add_argument
     add("--model", default="tiny", help="the student: short name, hub id or folder (default: tiny)")
-    add("--teacher", help="the larger model that shows how (default: in sample.py's table)")
-    add("--data", help="training problems, as in sample.py (default: in sample.py's table)")
+    add("--teacher", help="the larger model that shows how (default: in hub.py's table)")
+    add("--data", help="training problems, as in sample.py (default: in hub.py's table)")
     add("--limit", type=int, help="only the first so many problems")
     add("--n", type=int, default=4, help="candidates a problem (default: 4)")
     add("--max-new-tokens", type=int, help="of the data that are made (default: as in sample.py)")
@@ -677,16 +667,15 @@ def main(argv=None):
     add("--exclude", nargs="*", default=[], metavar="FILE", help="drop problems that share 8 words in a row with these")
     add("--validation", type=float, default=0.02, help="problems held back: a share, or a number (default: 0.02)")
     # All wrong: to solve afresh. Mixed: to compare. All right: to copy, which is easy, and good students have many.
-    shares, numbers = {"nargs": 3, "type": float, "default": [1, 1, 0.5]}, {"nargs": 2, "type": int, "default": [0, 0]}
-    add("--balance", **shares, metavar="SHARE", help="kept of all wrong, mixed, all right refine rows (1 1 0.5)")
-    add("--shown", **numbers, metavar="N", help="candidates in a prompt, at least and at most; 0 for all (0 0)")
+    shares = {"nargs": 3, "type": float, "default": [1, 1, 0.5], "metavar": "SHARE"}
+    add("--balance", **shares, help="kept of refine rows whose candidates are all wrong, mixed, all right (1 1 0.5)")
+    add("--shown", nargs=2, type=int, default=[0, 0], metavar="N", help="candidates shown, from N to N; 0: all (0 0)")
     add = parser.add_argument_group("how").add_argument
     add("--weight", type=float, default=1.0, help="of the refinement loss (default: 1)")
-    add("--lr", type=float, help="peak learning rate (default: in sample.py's table, else 1e-5)")
+    add("--lr", type=float, help="peak learning rate (default: in hub.py's table, else 1e-5)")
     add("--epochs", type=int, default=2, help="passes over the rows (default: 2)")
     add("--steps", type=int, help="optimizer steps, instead of --epochs")
-    # A step takes as many packs as it needs and adds up their gradients.
-    add("--batch-size", type=int, default=32, help="rows a step (default: 32)")
+    add("--batch-size", type=int, default=32, help="rows a step, in as many packs as they need (default: 32)")
     add("--max-length", type=int, help="tokens of a row, and of a pack (default: 4096, or the context)")
     add("--checkpointing", action="store_true", help="compute activations twice to save their memory")
     add("--save-every", type=int, default=200, metavar="STEPS", help="checkpoint (default: 200)")
@@ -694,15 +683,14 @@ def main(argv=None):
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto: CUDA if there is a GPU, else cpu")
     args = parser.parse_args(argv)
-
-    # What can be wrong is looked at before any time is spent.
     sizes = ("limit", "n", "max_new_tokens", "epochs", "steps", "batch_size", "max_length", "save_every", "keep")
-    sample.check_sizes(args, *sizes)
+    sample.check_flags(args, *sizes)
     _, teacher, data, lr = ALIASES.get(args.model, (None, None, "gsm8k-train", 1e-5))
     args.teacher, args.data, args.lr = args.teacher or teacher, args.data or data, lr if args.lr is None else args.lr
     if not (args.solve or args.refine or args.teacher):
-        raise InputError(f"--model {args.model}: not in sample.py's table, so give --teacher (or --solve and --refine)")
+        raise InputError(f"--model {args.model}: not in hub.py's table, so give --teacher (or --solve and --refine)")
     fewest, most = (n or math.inf for n in args.shown)
+    args.out = str(Path(args.out or f"runs/{Path(args.model).name}/trained"))
     rules = {
         "lr": (0 < args.lr < math.inf, "a rate is above 0"),
         "weight": (0 <= args.weight < math.inf, "must not be below 0"),
@@ -710,94 +698,102 @@ def main(argv=None):
         "validation": (0 <= args.validation < math.inf, "a share below 1, or a number of problems"),
         "balance": (all(0 <= share <= 1 for share in args.balance), "shares are between 0 and 1"),
         "shown": (min(args.shown) >= 0 and fewest <= most, "from a number to one not below it, or to 0, all"),
+        "out": (Path(args.out).is_dir() or not os.path.lexists(args.out), "a file or a device; name a folder"),
     }
     for name, (good, rule) in rules.items():
         if not good:
-            raise InputError(f"--{name} {str(getattr(args, name)).strip('[]').replace(',', '')}: {rule}")
-    device, _ = pick_device(args.device, "auto")
-    source = find_model(args.model)
+            value = getattr(args, name)
+            raise InputError(f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}: {rule}")
+    return args
+
+
+def check_out(out, made_by):
+    """InputError if what is there of an output is another program's, or was made with anything but `made_by`."""
+    ours = meta_path(out).exists() and "student" in read_json(meta_path(out))
+    for end in ("", ".partial", ".metrics.jsonl", ".loss.png", ".meta.json"):
+        if os.path.exists(out + end) and not ours:
+            raise InputError(f"--out {out}: {out}{end} is in the way, and not of train.py; choose another --out")
+    if Path(out).exists():
+        check_same(out, made_by)
+    for path in whole_checkpoints(f"{out}.checkpoints")[-1:]:
+        check_same(path, made_by, path / "record.json")
+
+
+def main(argv=None):
+    args = read_flags(argv)
+    device, source = pick_device(args.device, "auto")[0], find_model(args.model)
     config = Config.from_dict(read_json(source / "config.json"))
     if (args.max_length or 0) > config.context:
         raise InputError(f"--max-length {args.max_length}: the context of {args.model} is {config.context}; lower it")
     args.max_length = args.max_length or min(4096, config.context)
-    overlaps, tokenizer = overlap_test(args.exclude), Tokenizer(source, config)
+    tokenizer, overlaps = Tokenizer(source, config), overlap_test(args.exclude)
+    if not (args.solve or args.refine or args.dry_run):
+        find_model(args.teacher)  # it has to be there before the student samples for hours
+    try:
+        if not args.dry_run:
+            if FIRST:
+                files.lock(args.out)
+            check_out(args.out, {name: getattr(args, name) for name in SETTINGS})
+        if any(paths := data_files(args)):
+            run(args, paths, config, tokenizer, overlaps, device)
+        if dist.is_initialized():
+            wait()
+            dist.destroy_process_group()
+    finally:
+        files.unlock(args.out)
 
-    # The data, and the rows in them.
-    first, out = os.environ.get("RANK", "0") == "0", Path(args.out or f"runs/{Path(args.model).name}/trained")
-    solve, refined, stages = args.solve, args.refine, []
-    if not (solve or refined):
-        solve, refined, stages = data_stages(args)
-        if not args.dry_run:
-            find_model(args.teacher)  # there, before the student samples for hours
-    for stage, flags in stages:
-        if first:
-            print(f"python {Path(stage.__file__).name} {' '.join(flags)}")
-        if not args.dry_run:
-            stage.main(flags)
-    if stages and not (solve.exists() and refined.exists()):
-        message = "the rows are made by these commands; once they have run, --dry-run can count them"
-        return print(message) if first else None
+
+def run(args, paths, config, tokenizer, overlaps, device):
+    """Read the rows, train on them and save the model, or say what that would take."""
+    out = args.out
+    examples = [read_examples(path, task) if path and FIRST else [] for task, path in enumerate(paths)]
     if not args.dry_run:
-        # Into the machine's own memory, also for a GPU: see prepare().
-        model, _ = load(source, "cpu", torch.float32)
-        made = read_json(meta_path(refined)) if refined and meta_path(refined).exists() else {}
+        model, _ = load(tokenizer.folder, "cpu", torch.float32)  # also for a GPU: see prepare()
         known = [fingerprint(model, kind) for kind in (torch.float32, torch.bfloat16, torch.float16)]
-        if made.get("candidates_by") and made["candidates_by"] not in known:
-            raise InputError(
-                f"--refine {refined}: refines candidates of another model ({made['candidates_by']}) than {args.model} "
-                f"({known[0]}); refine this one's, or delete {meta_path(refined)} to learn from them all the same"
-            )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+        by = read_json(meta_path(paths[1])).get("candidates_by") if paths[1] and meta_path(paths[1]).exists() else None
+        if by and by not in known:
+            advice = f"refine this one's, or delete {meta_path(paths[1])} to learn from them all the same"
+            other = f"refines candidates of another model ({by}) than {args.model} ({known[0]})"
+            raise InputError(f"--refine {paths[1]}: {other}; {advice}")
     rank, world, _, _ = sample.processes(device, f"train {out}")
     # One process reads and grades: two that grade by themselves might not agree on a slow answer.
-    box = [read_rows(solve, refined, tokenizer, overlaps, args)] if rank == 0 else [None]
+    box = [read_rows(paths, examples, tokenizer, overlaps, args)] if rank == 0 else [None]
     if world > 1:
         dist.broadcast_object_list(box)
     rows, held, counts = box[0]
     dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
-    if rank == 0:
-        print(f"{len(rows)} rows to train on, {len(held)} to validate on")
-        why = f"this is a {'CPU' if device.type == 'cpu' else 'device that may lack bfloat16'}"
-        why = "half the memory traffic, and no loss scaling" if dtype == torch.bfloat16 else why
-        # An update is often smaller than what bfloat16 can add to a weight.
-        print(f"weights and optimizer in float32, computing in {str(dtype).removeprefix('torch.')}: {why}")
-        if args.dry_run:
-            dry_run(config, rows, tokenizer, args, device, dtype, world)
+    process = Process(device, dtype, rank, world)
     if args.dry_run:
-        return
-
-    # What the result depends on. The same again: nothing to do. Another: nothing is overwritten.
-    names = ("weight", "lr", "epochs", "steps", "batch_size", "max_length", "shown", "seed")
+        return dry_run(config, rows, tokenizer, args, process) if rank == 0 else None
     content = [[[row.task, row.prompt, row.completion] for row in part] for part in (rows, held)]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    made_by = {"student": known[0], "rows": digest, **{name: getattr(args, name) for name in names}}
-    made_by["dtype"] = str(dtype).removeprefix("torch.")
-    if out.exists():
-        sample.check_same(out, made_by)
+    made_by = {"student": known[0], "rows": digest, "dtype": str(dtype).removeprefix("torch.")}
+    made_by |= {name: getattr(args, name) for name in SETTINGS}
+    check_out(out, made_by)
+    record = {**made_by, "model": args.model, "solve": paths[0], "refine": paths[1], "flags": vars(args)}
+    record |= {"data": dict(zip(TASKS, counts)), "validation_rows": len(held), "versions": versions()}
+    trained = Path(out).exists()
+    meta = read_json(meta_path(out)) if trained else record
+    if rank == 0 and not meta.get("complete"):
+        write_json(meta_path(out), {**meta, "complete": trained})
+    if trained:
         return print(f"{out}: trained already") if rank == 0 else None
-    for path in whole_checkpoints(f"{out}.checkpoints")[-1:]:
-        sample.check_same(path, made_by, path / "record.json")
-    record = {**made_by, "model": args.model, "solve": str(solve), "refine": str(refined), "flags": vars(args)}
-    record |= {"data": dict(zip(TASKS, counts)), "validation_rows": len(held), "versions": sample.versions()}
-    if rank == 0:
-        write_json(meta_path(out), {**record, "complete": False})
     if device.type == "cuda" and not dist.is_initialized():
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        record["spent"] = train(model, rows, held, tokenizer, args, device, dtype, out, made_by, rank, world)
+        record["spent"] = train(model, tokenizer, rows, held, args, process, made_by)
     except torch.OutOfMemoryError:
         raise InputError("the device's memory is full; lower --max-length or give --checkpointing")
+    with writing(out):
+        if rank == 0:
+            draw_losses(f"{out}.metrics.jsonl", f"{out}.loss.png")
+            write_json(meta_path(out), {**record, "complete": False})
+        # In float32: an update is often smaller than what bfloat16 can add to a weight.
+        save(model, out, tokenizer.folder, model_card(args, record))
     if rank == 0:
-        draw_losses(Path(f"{out}.metrics.jsonl"), f"{out}.loss.png")
-        write_json(meta_path(out), {**record, "complete": True})
-    # Saved as float32: rounded to bfloat16, weights that moved by less than half a step of it would not have moved.
-    save(model, out, source, model_card(args, record))
-    if rank == 0:
+        sync(Path(out).parent)
+        write_json(meta_path(out), {**record, "complete": True})  # only now
         print(f"{out}: a Hugging Face folder; losses in {out}.metrics.jsonl and {out}.loss.png")
-    if dist.is_initialized():
-        wait()
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

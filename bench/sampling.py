@@ -82,10 +82,10 @@ def random_model(name, device, dtype):
 def ours(args):
     import torch
 
+    import hub
     import model as m
-    import sample
 
-    device, dtype = sample.pick_device(args.device, args.dtype)
+    device, dtype = hub.pick_device(args.device, args.dtype)
     if args.model in SHAPES:
         model = random_model(args.model, device, dtype)
     else:
@@ -94,7 +94,7 @@ def ours(args):
     linear = [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
     weights = sum(weight.nbytes for weight in (model.model.embed_tokens.weight, *linear))
     del linear
-    sample.pack(model)
+    hub.pack(model)
     on_gpu = device.type == "cuda"
     wait = torch.cuda.synchronize if on_gpu else lambda: None
     # Named, because recorded graphs are kept for the next call only if its cache is as large.

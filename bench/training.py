@@ -110,11 +110,11 @@ def random_rows(args, round):
 def ours(args):
     import torch
 
+    import hub
     import model as m
-    import sample
     import train
 
-    device, dtype = sample.pick_device(args.device, "auto")
+    device, dtype = hub.pick_device(args.device, "auto")
     if args.model in SHAPES:
         model = random_model(args.model, device, torch.float32)
     else:

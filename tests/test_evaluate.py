@@ -12,7 +12,9 @@ import pytest
 from conftest import ROOT
 
 import evaluate as e
+import figures
 from files import InputError, read_jsonl
+from grade import Grader
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +111,24 @@ def test_weights_do_not_vanish_beside_a_candidate_without_an_answer():
     arrays = {key: value[None, None] for key, value in outcome_arrays(3, 1).items()}
     arrays["logprob"], arrays["tokens"] = np.array([[[-2.0, -1000.0, -1001.0]]]), np.zeros((1, 1, 3))
     x = e.Outcomes(votes=np.array([[[-1, 0, 1]]]), refined=np.zeros((1, 1, 1), int), **arrays)
-    found = e.methods_of(x)
-    assert found["weighted"][0] == found["logprob"][0] == 1  # nor does a candidate of no tokens lose to nan
+    found = {method.name: method.credit(x).tolist() for method in e.methods_of(x)}
+    assert found["weighted"] == found["logprob"] == [[1.0]]  # nor does a candidate of no tokens lose to nan
+
+
+def test_a_method_defined_once_is_in_every_table_and_figure(tmp_path, monkeypatch):
+    """Guards against: a new method that is forgotten in a table, or drawn as another one."""
+    new = e.Method("first", "first candidate", lambda x: (x.votes[..., 0] == 0).astype(float), marker="*")
+    monkeypatch.setattr(e, "METHODS", [*e.METHODS, new])
+    drawn = []
+    monkeypatch.setattr(
+        figures, "look", lambda method, row, look=figures.look, **m: drawn.append(method) or look(method, row, **m)
+    )
+    [row] = report_of(tmp_path, write_rows(tmp_path / "x.jsonl", KNOWN))["rows"]
+    assert row["methods"]["first"]["accuracy"] == 0.5 and row["methods"]["first"]["tokens"] == 20.0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| first |" in text and "first: first candidate" in text
+    assert drawn.count(new) == 2  # in figure.png and frontier.png; outcomes.png is about two methods alone
+    assert len({method.marker for method in e.METHODS}) == len({method.name for method in e.METHODS}) == len(e.METHODS)
 
 
 def test_best_of_n():
@@ -235,23 +253,26 @@ def test_equal_cost():
     """4 candidates of 10 tokens and a refinement of 20: as many tokens as 6; with its prompt of 30, as 9."""
     arrays = {key: value[None, None] for key, value in outcome_arrays(4, 1).items()}
     x = e.Outcomes(votes=np.zeros((1, 1, 4), int), refined=np.zeros((1, 1, 1), int), **arrays)
-    cost = e.equal_cost(x, np.array([[0.5, 0.5, 0.6, 0.6]]))
-    assert cost["generated"] == (6.0, pytest.approx(np.array([0.7])), True)
-    assert cost["with_prompts"] == (9.0, None, True)  # too far to guess
-    of_two_seeds = np.array([[0.5, 0.5, 0.6, 0.6, 0.65, 0.66, 0.7, 0.72]])
-    cost = e.equal_cost(x, of_two_seeds)
-    assert cost["generated"] == (6.0, pytest.approx(np.array([0.66])), False)
-    assert cost["with_prompts"] == (9.0, pytest.approx(np.array([0.75])), True)
+
+    def found(curve, kind="generated"):
+        cost = e.equal_cost(x, np.array(curve))[kind]
+        return cost["k"], cost.get("credit"), cost.get("extrapolated")
+
+    assert found([[0.5, 0.5, 0.6, 0.6]]) == (6.0, pytest.approx(np.array([0.7])), True)
+    assert found([[0.5, 0.5, 0.6, 0.6]], "with_prompts") == (9.0, None, None)  # too far to guess
+    of_two_seeds = [[0.5, 0.5, 0.6, 0.6, 0.65, 0.66, 0.7, 0.72]]
+    assert found(of_two_seeds) == (6.0, pytest.approx(np.array([0.66])), False)
+    assert found(of_two_seeds, "with_prompts") == (9.0, pytest.approx(np.array([0.75])), True)
     x.refined_tokens[:] = 24.0
-    assert e.equal_cost(x, of_two_seeds)["generated"] == (6.4, pytest.approx(np.array([0.676])), False)
-    falling = e.equal_cost(x, np.array([[0.6, 0.6, 0.5, 0.4]]))["generated"]
+    assert found(of_two_seeds) == (6.4, pytest.approx(np.array([0.676])), False)
+    falling = found([[0.6, 0.6, 0.5, 0.4]])
     assert falling == (6.4, pytest.approx(np.array([0.4])), True)  # a vote that gets worse is not continued
-    steep = e.equal_cost(x, np.array([[0.5, 0.5, 0.6, 0.7], [1.0, 1.0, 1.0, 1.0]]))["generated"][1]
+    steep = found([[0.5, 0.5, 0.6, 0.7], [1.0, 1.0, 1.0, 1.0]])[1]
     assert steep == pytest.approx(np.array([0.94, 1.0]))
-    steep = e.equal_cost(x, np.array([[0.1, 0.1, 0.5, 0.9], [1.0, 1.0, 1.0, 1.0]]))["generated"][1]
+    steep = found([[0.1, 0.1, 0.5, 0.9], [1.0, 1.0, 1.0, 1.0]])[1]
     assert steep.mean() == pytest.approx(1.0)  # nor beyond what there is to solve
     x.refined_prompt_tokens[:] = np.nan
-    assert e.equal_cost(x, of_two_seeds)["with_prompts"][:2] == (None, None)
+    assert found(of_two_seeds, "with_prompts") == (None, None, None)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -316,6 +337,101 @@ def test_report_of_known_numbers(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "1 of 5 problems have no answer" in printed and "37.5%" in printed and "1 / 2" in printed
     assert (tmp_path / "out" / "report.md").read_text().count("\n| x |") == 6
+
+
+def test_a_file_of_candidates(tmp_path, capsys):
+    """What people look at first: pass@k, maj@k and Best-of-N, without a gap; alone and beside a refined file."""
+    rows = [{key: value for key, value in row.items() if key != "refinements"} for row in KNOWN]
+    path = write_rows(tmp_path / "x.candidates.jsonl", rows)
+    e.write_json(e.meta_path(path), {"parameters": 10, "seconds": 8.0, "model": "m"})
+    [row] = report_of(tmp_path, path)["rows"]
+    assert (row["name"], row["n"], row["k"], row["pass@2"], row["maj@2"]) == ("x.candidates", 2, 0, 0.5, 0.375)
+    assert list(row["methods"]) == ["pass@1", "maj@N", "weighted", "logprob", "pass@N"]
+    assert row["gap"] is row["refined"] is row["equal_cost"] is row["rescued"] is row["order"] is None
+    assert row["answered"] == {"candidates": 1.0, "refinements": None} and row["tokens"]["refinement"] is None
+    assert row["seconds"] == {"candidates": 2.0, "refinement": None} and row["by_correct"][0]["refined"] is None
+    printed = capsys.readouterr().out
+    assert "No Refinement Gap for x.candidates" in printed and "At equal cost" not in printed
+    assert "37.5% / 50.0%" in printed and (tmp_path / "out" / "frontier.png").exists()
+    both = report_of(tmp_path, path, write_rows(tmp_path / "x.refined.jsonl", KNOWN))
+    assert both["rows"][0] == row and both["rows"][1]["gap"]["points"] == 0.125 and both["scaling"] is None
+    assert capsys.readouterr().out.count("\nx.candidates ") == 3  # not in the three tables about refinement
+    with pytest.raises(InputError, match="more or fewer candidates or refinements"):
+        e.main([f"{path},{tmp_path / 'x.refined.jsonl'}", "--out", str(tmp_path)])
+
+
+def test_texts_are_enough(tmp_path, capsys):
+    """Guards against: a file of another program that is refused for want of what is only a cost; guessed costs."""
+    rows = []
+    for row in KNOWN:
+        texts = {key: [{"text": item["text"]} for item in row[key]] for key in ("candidates", "refinements")}
+        rows.append({"id": row["id"], "question": "?", "answer": row["answer"], **texts})
+    rows[0] |= {"prompt": None, "n_prompt_tokens": None}  # none of these says anything, none does harm
+    rows[1]["candidates"][0] |= {"finish_reason": ["stop"], "logprob": float("nan"), "score": None}
+    rows[2]["refinements"][0] |= {"order": None, "prompt": [{"role": "user"}], "n_tokens": None}
+    path = write_rows(tmp_path / "x.jsonl", rows)
+    [row] = report_of(tmp_path, path)["rows"]
+    accuracy = {name: found["accuracy"] for name, found in row["methods"].items()}
+    union = pytest.approx((0 + 0 + 1 + 1 + 1 / 3) / 4)
+    assert accuracy == {"pass@1": 0.375, "maj@N": 0.375, "refined": 0.5, "union": union, "pass@N": 0.5}
+    assert row["gap"]["points"] == 0.125 and row["equal_cost"] is None and row["order"]["pairs"] == 0
+    assert set(row["tokens"].values()) == {None} and row["methods"]["maj@N"]["tokens"] is None
+    printed = capsys.readouterr().out
+    assert "At equal cost" not in printed and " nan" not in printed
+    assert not (tmp_path / "out" / "frontier.png").exists() and (tmp_path / "out" / "figure.png").exists()
+    for row in rows:  # what it cost is known of some: no mean of these is shown as if it were of all
+        row["candidates"][0]["n_tokens"] = 10
+    [row] = report_of(tmp_path, write_rows(tmp_path / "x.jsonl", rows))["rows"]
+    assert row["tokens"]["candidates"] is None and row["length"]["candidates"] is None
+    e.main(["--show", "a tie", path])
+    assert "candidate 1" in capsys.readouterr().out
+
+
+def test_numbers_beyond_all_sums_are_missing(tmp_path):
+    """Guards against: warnings and nan in a report because of one number, 1e308 or Infinity."""
+    rows = [json.loads(json.dumps(row)) for row in KNOWN]
+    rows[0]["candidates"][0] |= {"logprob": 1e308, "score": float("inf")}
+    [row] = report_of(tmp_path, write_rows(tmp_path / "x.jsonl", rows))["rows"]
+    assert not {"weighted", "logprob", "score"} & set(row["methods"])
+
+
+@pytest.mark.parametrize("limit", ["-1", "nan", "0", "inf", "1e9"])
+def test_time_limits_that_are_none(limit, tmp_path):
+    """Guards against: all comparisons stuck (-1), a hang (nan), no limit at all (0)."""
+    path = write_rows(tmp_path / "x.jsonl", KNOWN)
+    with pytest.raises(InputError, match=f"--time-limit {'1e.09' if limit == '1e9' else limit}: must be above 0"):
+        e.main([path, "--out", str(tmp_path), "--time-limit", limit])
+
+
+def test_records_that_are_not_ours(tmp_path):
+    """Guards against: a traceback for a meta.json whose numbers are texts."""
+    path = write_rows(tmp_path / "x.refined.jsonl", KNOWN)
+    e.write_json(e.meta_path(path), {"parameters": "7B", "seconds": [1], "data": 5, "model": None})
+    [row] = report_of(tmp_path, path)["rows"]
+    assert row["parameters"] is None and row["seconds"] == {"candidates": None, "refinement": None}
+
+
+def test_names_of_files(tmp_path):
+    """NAME=FILE,FILE; but a file may have these signs in its name, and two folders files of one name."""
+    odd = tmp_path / "a=b,c.refined.jsonl"
+    odd.write_text("")
+    words = [str(odd), "x/m.refined.jsonl", "y/m.refined.jsonl", "two=s0.jsonl,s1.jsonl", f"n={odd}"]
+    assert e.named_files(words) == {
+        "a=b,c": [str(odd)],
+        "m": ["x/m.refined.jsonl"],
+        "m'": ["y/m.refined.jsonl"],
+        "two": ["s0.jsonl", "s1.jsonl"],
+        "n": [str(odd)],
+    }
+
+
+def test_names_in_figures_do_not_overlap():
+    """Names are moved as little as it takes, up as much as down, and stay inside."""
+    assert figures.spread(np.array([0.2, 0.5, 0.8]), 0.1) == pytest.approx([0.2, 0.5, 0.8])
+    assert figures.spread(np.array([0.5, 0.5, 0.5]), 0.1) == pytest.approx([0.4, 0.5, 0.6])
+    assert figures.spread(np.array([0.97, 0.98, 1.0]), 0.1) == pytest.approx([0.8, 0.9, 1.0])
+    places = figures.spread(np.sort(np.random.default_rng(0).random(9)), 0.08)
+    assert np.diff(places).min() > 0.0799 and 0 <= places.min() and places.max() <= 1
 
 
 def test_figures_are_drawn_and_tables_fit(tmp_path, capsys):
@@ -449,6 +565,37 @@ def test_show(tmp_path, capsys):
     assert "--- candidate 1: no answer\nno box" in printed and max(map(len, printed.splitlines())) <= 100
     with pytest.raises(InputError, match="no problem with id 'p3'"):
         e.main(["--show", "p3", str(tmp_path / "x.jsonl")])
+    del rows[0]["refinements"], rows[0]["answer"]  # of candidates, and without a right answer
+    e.main(["--show", "p1", write_rows(tmp_path / "x.jsonl", rows), "--time-limit", "1"])
+    printed = capsys.readouterr().out
+    assert "right answer: None" in printed and "refinement 0" not in printed and "wrong" not in printed
+
+
+def test_show_of_half_a_surrogate_pair(tmp_path):
+    """Guards against: a UnicodeEncodeError for a text that JSON can hold and a terminal cannot show."""
+    row = {"id": "a", "problem": "x\ud800", "answer": "1", "candidates": [{"text": "\ud800 \\boxed{1}"}]}
+    command = [sys.executable, "evaluate.py", "--show", "a", write_rows(tmp_path / "x.jsonl", [row])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "x?" in done.stdout and "? \\boxed{1}" in done.stdout, done.stderr
+
+
+def test_show_has_a_time_limit(tmp_path, monkeypatch):
+    """Guards against: --show that waits as long as it likes for one comparison."""
+    limits = []
+    monkeypatch.setattr(e, "Grader", lambda limit: limits.append(limit) or Grader(limit))
+    e.main(["--show", "broken", write_rows(tmp_path / "x.jsonl", KNOWN), "--time-limit", "0.5"])
+    assert limits == [0.5]
+
+
+def test_output_that_nobody_reads_to_its_end(tmp_path):
+    """Guards against: a BrokenPipe traceback behind `| head -1`, or a report that is then not written."""
+    rows = [refined_row(f"problem {i}", ["1"] * 50, ["1"]) for i in range(3)]
+    path = write_rows(tmp_path / "x.jsonl", rows)
+    for options in ("--show 'problem 1'", f"--out '{tmp_path}'"):
+        command = f"'{sys.executable}' evaluate.py {options} '{path}' | head -1"
+        done = subprocess.run(command, cwd=ROOT, shell=True, capture_output=True, text=True)
+        assert "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
+    assert (tmp_path / "report.md").exists()
 
 
 def test_suite(random_model, tmp_path):
@@ -520,6 +667,7 @@ def test_large_report_takes_little_time_and_memory(tmp_path):
         ("", "no rows"),
         ("\n  \n", "no rows"),
         ('{"id": 1}\n', "line 1: no 'problem'"),
+        (json.dumps({"id": 1, "problem": "?", "answer": "5"}) + "\n", "line 1: no 'candidates'"),
         (json.dumps(refined_row("a", ["1", "1"], ["1"])) + "\n{oops\n", "line 2: not valid JSON"),
         (json.dumps(refined_row("a", ["1", "1"], ["1"])) + '\n{"id": "b", "probl', "the file ends in the middle of it"),
         (json.dumps(refined_row("a", ["1", "1"], ["1"])) + '\n{"id": "b", "problem": "?"}\n', "line 2: no 'answer'"),
@@ -529,14 +677,35 @@ def test_large_report_takes_little_time_and_memory(tmp_path):
             + json.dumps(refined_row("b", ["1", "1"], ["1", "2"])),
             "id 'b': 2",
         ),
-        (json.dumps(refined_row("a", ["1"], ["1"], gold=None)) + "\n", "no problem has an answer"),
+        (json.dumps(refined_row("a", ["1", "1"], ["1"], gold=None)) + "\n", "no problem has an answer"),
         ("[1]\n", "line 1: not a JSON object"),
-        ('{"id": 1, "a": 2}\n\n{"id": "1"}\n', "line 3: id '1' already stands on line 1"),
+        ('{"id": 1, "a": 2}\n\n{"id": "1"}\n', "line 3: id '1' already stands"),
         (json.dumps(refined_row("a", [], ["1"])) + "\n", "its 'candidates' are empty"),
-        (json.dumps(refined_row("a", ["1"], ["1"])).replace(": 7", ": null"), "its 'refinements' are empty or lack"),
+        (
+            json.dumps(refined_row("a", ["1", "1"], ["1"])).replace(": 7", ": -7"),
+            "id 'a': one of its n_tokens is below 0",
+        ),
+        (json.dumps(refined_row("a", ["1", "1"], ["1"], problem=["?"])), "line 1: its problem is not a text"),
+        (json.dumps(refined_row("a", ["1", "1"], ["1"], problem=None)), "line 1: no 'problem'"),
+        (json.dumps(refined_row("a", ["1", "1"], ["1"], gold=["1"])), "id 'a': its answer is no text but ['1']"),
+        (
+            json.dumps(refined_row("a", ["1", "1"], ["1"], refinements=5)),
+            "its 'refinements' are empty or no list, but 5",
+        ),
+        (json.dumps(refined_row("a", ["1", "1"], ["1"], candidates=["1"])), "lack text: number 0 is '1'"),
+        (json.dumps(refined_row("a", ["1", "1"], ["1"], candidates=[{"text": None}])), "lack text: number 0 is"),
+        (json.dumps(refined_row("a", ["1", "1"], ["1"])).replace("[0, 1]", "5"), "id 'a': the order 5 is not one of"),
+        (json.dumps(refined_row("a", ["1", "1"], ["1"])).replace("[0, 1]", "[[0]]"), "the order [[0]] is not one of"),
+        (json.dumps(refined_row("a", ["1", "1"], ["1"])).replace("[0, 1]", "[1, 1]"), "the order [1, 1] is not one of"),
+        (
+            json.dumps(refined_row("a", ["1", "1"], ["1"])).replace("-1.0", "1" * 400),
+            "not all of its logprob are numbers",
+        ),
+        (json.dumps(refined_row("a", ["1", "1"], ["1"])).replace("-1.0", "[1]"), "not all of its logprob are numbers"),
+        (f'{{"id": 1, "problem": "?", "answer": {"[" * 100_000}', "line 1: not valid JSON"),
         (
             json.dumps(refined_row("a", ["1"], ["1"])).replace(r'"\\boxed{1}"', "1"),
-            "its 'candidates' are empty or lack text",
+            "its 'candidates' lack text: number 0 is",
         ),
         (json.dumps({**refined_row("a", ["1", "1"], ["1"]), "candidates": None}) + "\n", "its 'candidates' are empty"),
         (
@@ -552,11 +721,13 @@ def test_unusable_files_are_named(content, message, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text(content)
     with pytest.raises(InputError, match="bad.jsonl") as caught:
-        e.read_refined(path) if "line 3" not in message else read_jsonl(path)
+        e.read_file(path) if "line 3" not in message else read_jsonl(path)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_unequal_numbers_of_candidates_are_refused(tmp_path):
-    path = write_rows(tmp_path / "x.jsonl", [refined_row("a", ["1", "1"], ["1"]), refined_row("b", ["1"], ["1"])])
+    rows = [refined_row("a", ["1", "1"], ["1"]), refined_row("b", ["1"], ["1"])]
+    rows[1]["refinements"][0]["order"] = [0]
+    path = write_rows(tmp_path / "x.jsonl", rows)
     with pytest.raises(InputError, match="'b': 1 candidates and 1 refinements, but 2"):
-        e.read_refined(path)
+        e.read_file(path)

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, make_folder
 
 import model as m
-from evaluate import read_jsonl
+from files import read_jsonl
 
 COMMIT = "0" * 40
 

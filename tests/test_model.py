@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -9,8 +11,8 @@ import torch
 from conftest import BASE, CHATML, make_folder, write_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import hub
 import model as m
-import sample
 from evaluate import InputError
 
 ROPE = {
@@ -568,32 +570,122 @@ def test_real_control_tokens_stay_text(real_model):
     assert ids.count(2) == 2 and 0 not in ids and 3 not in ids  # of the system message and of the user's
 
 
-def test_templates(tmp_path, random_model):
+@pytest.fixture
+def changed(tmp_path, random_model):
+    """A function that gives a copy of the random model in which some values of one of its JSON files are others."""
+
+    def change(file, **values):
+        folder = tmp_path / "changed"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(random_model, folder)
+        old = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+        (folder / file).write_text(json.dumps({**old, **values}))
+        return folder
+
+    return change
+
+
+@pytest.fixture
+def prompt_with(changed, random_model):
+    """A function that gives the prompt, and its token ids, that a template makes of a message that says Hi."""
+    config = m.load(random_model)[0].config
+
+    def encode(template):
+        return m.Tokenizer(changed("tokenizer_config.json", chat_template=template), config).encode_chat("Hi")
+
+    return encode
+
+
+def test_templates(prompt_with, changed):
     """Guards against: a template program that gets out of the sandbox; a date in the prompt; named templates."""
-    import shutil
-
-    folder = tmp_path / "model"
-    shutil.copytree(random_model, folder)
-    config = m.load(folder)[0].config
-
-    def prompt_with(template):
-        settings = json.loads((random_model / "tokenizer_config.json").read_text())
-        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
-        return m.Tokenizer(folder, config).encode_chat("Hi")[0]
-
     named = [{"name": "tool", "template": "x"}, {"name": "default", "template": "{{ messages[0].content }}!"}]
-    assert prompt_with(named) == "Hi!"
-    assert prompt_with("{{ strftime_now('%d %b %Y') }}{{ eos_token }}") == "26 Jul 2024<|im_end|>"
-    assert prompt_with("{% for m in messages %}{% continue %}{% endfor %}ok") == "ok"
+    assert prompt_with(named)[0] == "Hi!"
+    assert prompt_with({t["name"]: t["template"] for t in named})[0] == "Hi!"
+    assert prompt_with("Hi {{ strftime_now('%d %b %Y') }}{{ eos_token }}")[0] == "Hi 26 Jul 2024<|im_end|>"
+    assert prompt_with("{% for m in messages %}{% continue %}{% endfor %}Hi")[0] == "Hi"
     with pytest.raises(InputError, match="unsafe"):
         prompt_with("{{ ''.__class__.__mro__ }}")
     with pytest.raises(InputError, match="only tools"):
         prompt_with("{{ raise_exception('only tools') }}")
+    for nothing in ("", None, [], named[:1], {"tool": "x"}):
+        with pytest.raises(InputError, match="no chat template that can be used .there is none"):
+            prompt_with(nothing)
+    folder = changed("tokenizer_config.json", chat_template="unused")
     (folder / "chat_template.jinja").write_text("from the file: " + CHATML)
-    assert prompt_with("unused").startswith("from the file")
-    (folder / "chat_template.jinja").unlink()
-    with pytest.raises(InputError, match="no chat template"):
-        prompt_with("")
+    assert m.load(folder)[1].encode_chat("Hi")[0].startswith("from the file")
+    (folder / "chat_template.jinja").write_bytes(b"\xff{{ messages }}")
+    with pytest.raises(InputError, match="no chat template that can be used .*utf-8"):
+        m.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        ("{% if tools is not none %}{{ tools | tojson }}{% endif %}Hi", "Hi"),
+        ("{% if documents is not none %}documents: {% endif %}Hi", "Hi"),
+        ("{% if tools[0] %}tools: {% endif %}Hi", "Hi"),
+        ("{{ messages[0].content | tojson(ensure_ascii=True) }}", '"Hi"'),
+        ("a {% generation -%} {{ messages[0].content }}{%- endgeneration %} b", "a Hi b"),
+        ("{% generation %}{% endgeneration %}Hi", "Hi"),
+        ("{% for part in messages[0].content if part.type == 'text' %}{{ part.text }}{% endfor %}", "Hi"),
+        ("{{ messages[0].content[0].text + '!' }}", "Hi!"),
+        ("{{ raise_exception('parts') if messages[0].content is string }}{{ messages[0].content[0]['text'] }}", "Hi"),
+    ],
+)
+def test_templates_are_rendered_as_transformers_does(template, prompt, prompt_with, changed):
+    """Guards against: tools undefined instead of None, {% generation %} as an unknown tag, parts never offered."""
+    import transformers
+
+    assert prompt_with(template)[0] == prompt
+    content = "Hi" if "content[0]" not in template and "part" not in template else [{"type": "text", "text": "Hi"}]
+    hf = transformers.AutoTokenizer.from_pretrained(changed("tokenizer_config.json", chat_template=template))
+    chat = [{"role": "user", "content": content}]
+    assert hf.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) == prompt
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("", "there is none"),
+        ("{# nothing #}", "0 characters"),
+        ("{{ messages | length }}", "1 characters that lack the message"),
+        ("{{ messages[0].content | upper }}", "characters that lack the message"),
+        ("{% for part in messages[0].content %}{% endfor %}", "0 characters that lack the message"),
+        ("{{ 1 + 'a' }}Hi", "TypeError"),
+        ("{{ {}['a']['b'] }}Hi", "UndefinedError"),
+        ("{% include 'other' %}Hi", "no loader"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}Hi", "RecursionError"),
+        ("{% for i in range(10**9) %}{% endfor %}Hi", "Range too big"),
+        ("Hi{{ 'x' * 10**8 }}", "100000002 characters .* too many"),
+        ("{{ " + "(" * 5000 + ")" * 5000 + " }}Hi", "can be used"),
+        ("{% if %}Hi", "can be used"),
+        (5, "can be used"),
+        ([5], "can be used"),
+    ],
+)
+def test_a_template_without_a_usable_prompt_is_one_line(template, message, prompt_with):
+    """Guards against: a prompt without the problem, without a word; a traceback out of somebody's template."""
+    with pytest.raises(InputError, match=message):
+        prompt_with(template)
+
+
+def test_a_template_may_strip_the_message(prompt_with, random_model):
+    """Guards against: a comparison of the prompt with the message that its marks or its white space upset."""
+    tokenizer = m.load(random_model)[1]
+    tokenizer.template = m.read_template(random_model, "[{{ messages[0].content | trim }}]")
+    assert tokenizer.encode_chat(" <|im_end|> a\n\nb <think>\n")[0] == "[<|im_end|> a\n\nb <think>]"
+
+
+@pytest.mark.parametrize("word", ["<|im_end|>", {"content": "<|im_end|>", "lstrip": False}])
+def test_eos_is_also_looked_for_in_the_special_tokens_map(word, changed, random_model, tmp_path):
+    """Guards against: a template whose eos_token is empty, and a trained folder without the file."""
+    template = "{{ messages[0].content }}{{ eos_token }}"
+    folder = changed("tokenizer_config.json", chat_template=template, eos_token=None)
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": word}))
+    model, tokenizer = m.load(folder)
+    assert tokenizer.encode_chat("Hi")[0] == "Hi<|im_end|>" and tokenizer.end_id == 2
+    m.save(model, tmp_path / "saved", folder)
+    assert m.load(tmp_path / "saved")[1].encode_chat("Hi")[0] == "Hi<|im_end|>"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -612,7 +704,7 @@ def test_saved_folder_loads_in_transformers(tmp_path):
         ours = again.lm_head(again(ids))
         torch.testing.assert_close(ours, model.lm_head(model(ids)), atol=0, rtol=0)
         torch.testing.assert_close(ours, theirs(tmp_path / "b")(ids).logits, atol=1e-4, rtol=0)
-    assert sample.fingerprint(again) == sample.fingerprint(model) != sample.fingerprint(m.load(folder)[0])
+    assert hub.fingerprint(again) == hub.fingerprint(model) != hub.fingerprint(m.load(folder)[0])
 
 
 def test_weights_that_do_not_fit_are_listed(tmp_path):
@@ -632,15 +724,126 @@ def test_weights_that_do_not_fit_are_listed(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "'mamba' is not known"),
-        ({"hidden_act": "gelu"}, "'gelu' is not known"),
-        ({"rope_scaling": {"type": "longrope"}}, "'longrope' is not known"),
-        ({"hidden_size": None}, "no number under hidden_size"),
+        ({"model_type": "mamba"}, "model_type is 'mamba'; it must be llama or mistral or qwen2 or qwen3"),
+        ({"model_type": ["llama"]}, "model_type is"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"hidden_size": None}, "hidden_size is None; it must be a whole number from 1"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5"),
+        ({"vocab_size": "320"}, "vocab_size is '320'"),
+        ({"num_attention_heads": True}, "num_attention_heads is True"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; it must be a number from 0"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; it must be False or True"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
+        ({"rope_scaling": "yarn"}, "parameters of RoPE are 'yarn'"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_type is 'longrope'; it must be default or linear"),
+        ({"rope_scaling": {"type": ["yarn"]}}, "rope_type is"),
+        ({"rope_scaling": {"type": "linear"}}, "linear RoPE: factor is None"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0"),
+        ({"rope_scaling": {"type": "yarn", "factor": -math.inf}}, "yarn RoPE: factor is -inf"),
+        ({"rope_scaling": {**ROPE["yarn"], "beta_fast": -1}}, "beta_fast is -1"),
+        ({"rope_scaling": {**ROPE["llama3"], "low_freq_factor": None}}, "low_freq_factor is None"),
+        ({"rope_theta": math.inf}, "rope_theta is inf"),
+        ({"rope_theta": "1e6"}, "rope_theta is '1e6'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; it must be 1"),
+        ({"model_type": "mistral", "sliding_window": 0.5}, "sliding_window is 0.5"),
+        ({"model_type": "mistral", "sliding_window": -math.inf}, "sliding_window is -inf"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "1"}, "max_window_layers is '1'"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "layer_types": 3}, "layer_types is 3"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "it must be a list of 3"),
     ],
 )
-def test_unknown_configs_are_named(change, message):
+def test_what_a_config_lacks_is_named(change, message):
+    """Guards against: a traceback for a wrong type, or a model that computes something else without a word."""
     with pytest.raises(InputError, match=message):
-        m.Config.from_dict({"model_type": "llama", **BASE, **change})
+        m.rope_frequencies(m.Config.from_dict({"model_type": "llama", **BASE, **change}))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_null_in_a_config_is_the_default_of_transformers(kind):
+    """Guards against: a refusal, or another default, of what transformers takes."""
+    import transformers
+
+    nulls = dict.fromkeys(("rms_norm_eps", "max_position_embeddings", "max_window_layers", "rope_scaling", "head_dim"))
+    windows = {"use_sliding_window": True, "sliding_window": 16, "num_hidden_layers": 30}
+    config = m.Config.from_dict({"model_type": kind, **BASE, **windows, **nulls})
+    given = {**BASE, **windows}
+    for key in ("rms_norm_eps", "max_position_embeddings"):
+        del given[key]
+    theirs = transformers.AutoConfig.for_model(kind, **given)
+    assert config.norm_eps == theirs.rms_norm_eps and config.context == theirs.max_position_embeddings
+    assert config.head_dim == theirs.head_dim if hasattr(theirs, "head_dim") else 8
+    types = {"llama": ["full_attention"] * 30, "mistral": ["sliding_attention"] * 30}.get(kind)
+    types = types or theirs.layer_types
+    assert config.windows == [16 if t == "sliding_attention" else None for t in types]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"top_k": "20"}, "generation_config.json: top_k is '20'; it must be a whole number from 0"),
+        ({"top_k": 20.5}, "top_k is 20.5"),
+        ({"top_p": 1.5}, "top_p is 1.5; it must be a number from 0 to 1"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"max_new_tokens": [9]}, "max_new_tokens is .9."),
+        ({"eos_token_id": ["2"]}, "eos_token_id is '2'; it must be a whole number from 0"),
+        ({"eos_token_id": "2"}, "eos_token_id is '2'"),
+    ],
+)
+def test_what_a_generation_config_says_wrongly_is_named(values, message, changed):
+    """Guards against: a traceback in the middle of sampling; an end id that no token ever equals."""
+    with pytest.raises(InputError, match=message):
+        m.load(changed("generation_config.json", **values))
+
+
+def test_whole_numbers_may_be_written_as_floats_and_null_is_unsaid(changed):
+    defaults = m.load(changed("generation_config.json", top_k=20.0, top_p=None, eos_token_id=2.0))[1].generation_config
+    assert defaults["top_k"] == 20 and isinstance(defaults["top_k"], int) and "top_p" not in defaults
+
+
+def test_quantised_models_and_adapters_are_called_that(tmp_path):
+    """Guards against: packed integers listed as spare weights, or an adapter as a folder without a config.json."""
+    from safetensors.torch import load_file, save_file
+
+    folder = make_folder(tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.0.mlp.down_proj.qweight"] = torch.zeros(10, 48, dtype=torch.int32)
+    del state["model.layers.0.mlp.down_proj.weight"]
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(InputError, match="down_proj.qweight is I32, so this is a quantised model"):
+        m.load(folder)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="a LoRA adapter"):
+        m.load(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match="a LoRA adapter"):
+        m.load(folder)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": ["model.safetensors"]}, {"weight_map": {"a": 1}}])
+def test_an_index_without_a_weight_map(index, tmp_path):
+    folder = make_folder(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="no weight_map that names files"):
+        m.load(folder)
+
+
+def test_a_token_without_an_embedding(changed):
+    """Guards against: an index error in the first pass. Who added a token and never uses it can go on, though."""
+    folder = changed("config.json")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 260, "content": "<|pad|>"})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = m.Config.from_dict({"model_type": "llama", **BASE, "vocab_size": 260})
+    tokenizer = m.Tokenizer(folder, config)
+    assert max(tokenizer.encode_chat("Hi <|pad|>")[1]) < 260
+    tokenizer.template = m.read_template(folder, "<|pad|>" + CHATML)
+    with pytest.raises(InputError, match=r"'<\|pad\|>' is token 260, but vocab_size is 260"):
+        tokenizer.encode_chat("Hi")
+    tokenizer.end_id = 260
+    with pytest.raises(InputError, match="is token 260"):
+        tokenizer.encode_completion("Hi")
 
 
 def test_folders_that_are_no_models(tmp_path):
@@ -658,8 +861,6 @@ def test_folders_that_are_no_models(tmp_path):
 
 def test_stop_ids_come_from_the_generation_config(tmp_path, random_model):
     """Guards against: one of several end ids being generated over, or the wrong one being trained."""
-    import shutil
-
     folder = tmp_path / "model"
     shutil.copytree(random_model, folder)
     write_tokenizer(folder, eos_ids=(0, 2))
@@ -667,3 +868,24 @@ def test_stop_ids_come_from_the_generation_config(tmp_path, random_model):
     assert tokenizer.stop_ids == [0, 2] and tokenizer.end_id == 2
     (folder / "generation_config.json").unlink()
     assert m.load(folder)[1].stop_ids == [2]  # then that of config.json
+
+
+def test_sampling_stops_at_the_tokenizers_eos_too(tmp_path, random_model):
+    """Guards against: a generation config with another end than the chat's: each sample would run to its limit."""
+    folder = tmp_path / "model"
+    shutil.copytree(random_model, folder)
+    write_tokenizer(folder, eos_ids=(0,))
+    with pytest.warns(UserWarning, match="generation_config.json: eos_token_id lacks 2, the tokenizer's"):
+        tokenizer = m.load(folder)[1]
+    assert tokenizer.stop_ids == [0, 2] and tokenizer.end_id == 0
+
+
+def test_a_saved_folder_can_be_read_by_others(tmp_path, random_model):
+    """Guards against: weights that only their owner may read, beside files that all may."""
+    old = os.umask(0o022)
+    try:
+        m.save(m.load(random_model)[0], tmp_path / "saved", random_model, card="# A model", shard_bytes=20000)
+    finally:
+        os.umask(old)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "saved").iterdir()}
+    assert len(modes) > 6 and set(modes.values()) == {0o644}, modes

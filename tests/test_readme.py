@@ -13,8 +13,8 @@ from conftest import ROOT, make_folder, write_tokenizer
 from test_train import data  # noqa: F401  a fixture
 
 import evaluate
-import sample
-from evaluate import read_json
+import hub
+from files import read_json
 
 COMMANDS = [
     shlex.split(line)
@@ -32,9 +32,9 @@ def test_readme_commands_run(data, tmp_path, monkeypatch):  # noqa: F811
     rows = [{"id": i, "problem": f"{i}?", "answer": "1"} for i in range(4)]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, folder in (("qwen-1.5b", student), ("qwen-7b", teacher)):
-        monkeypatch.setitem(sample.ALIASES, name, (str(folder), *sample.ALIASES[name][1:]))
+        monkeypatch.setitem(hub.ALIASES, name, (str(folder), *hub.ALIASES[name][1:]))
     for name in ("gsm8k", "gsm8k-train", *evaluate.SUITES["math"][:-1]):
-        monkeypatch.setitem(sample.BENCHMARKS, name, (None, "problems.jsonl"))
+        monkeypatch.setitem(hub.BENCHMARKS, name, (None, "problems.jsonl"))
 
     def in_this_process(command):  # the suite's own commands, which else would know the real names
         importlib.import_module(Path(command[1]).stem).main(command[2:])
@@ -47,13 +47,15 @@ def test_readme_commands_run(data, tmp_path, monkeypatch):  # noqa: F811
         (tmp_path / name).write_bytes(open(path, "rb").read())
     ran = 0
     for command in COMMANDS:
-        if command[0] == "make":  # CI runs these, and test_tiny.py the study, made small
+        if command[0] == "source":
+            assert command[1] == ".venv/bin/activate"
+        elif command[0] == "make":  # CI runs these, and test_tiny.py the study, made small
             assert f"\n{command[1]}:" in (ROOT / "Makefile").read_text()
-        elif command[0] == ".venv/bin/torchrun":  # tests/test_stages.py starts several; here, what each is given
-            script = command[command.index("--") + 1 :]
+        elif command[0] == "torchrun":  # tests/test_stages.py starts several; here, what each is given
+            script = command[2:]
             importlib.import_module(script[0].removesuffix(".py")).main(script[1:])
         else:
-            assert command[0] == ".venv/bin/python"
+            assert command[0] == "python"
             importlib.import_module(command[1].removesuffix(".py")).main(command[2:])
             ran += 1
     assert ran >= 5 and (tmp_path / "runs" / "report.json").exists()

@@ -17,7 +17,7 @@ import evaluate
 import model as m
 import refine
 import sample
-from evaluate import InputError, read_json, read_jsonl
+from files import InputError, read_json, read_jsonl
 
 
 def run(script, *flags, code=0, **environment):
@@ -260,6 +260,83 @@ def test_problem_files(tmp_path):
     assert [row["id"] for row in sample.load_problems(str(path), limit=2)] == ["set-0", 60]
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"problem": "a", "prompt": "p"}], "row 1: 'prompt' is what the output calls something else"),
+        ([{"problem": "a", "n_prompt_tokens": 1}], "'n_prompt_tokens' is what"),
+        ([{"problem": "a"}, {"id": "set-0", "problem": "b"}], "row 2: id 'set-0' already stands on row 1"),
+        ([{"id": 1, "problem": "a"}, {"id": "1", "problem": "b"}], "line 2: id '1' already stands on line 1"),
+        ([{"id": True, "problem": "a"}], "line 1: its id is neither a string nor an integer"),
+        ([{"problem": "a \ud83d"}], "row 1: 'problem' cannot be written as JSON"),
+        ([{"problem": "a", "level": float("nan")}], "row 1: 'level' cannot be written as JSON"),
+        ([{"problem": ["a"]}], "line 1: its problem is not a text"),
+        ([{"problem": None, "source": "x"}], "line 1: its problem is not a text"),
+        ([{"source": "x"}], "row 1: no text under 'problem' or 'question', only source"),
+        ([{"problem": "a", "solution": "It is 5."}], "row 1: no 'answer', and no .*boxed.* in its 'solution'"),
+    ],
+)
+def test_problems_that_would_fail_at_the_end(rows, message, tmp_path):
+    """Guards against: hours of sampling before a row turns out not to fit into the output."""
+    path = tmp_path / "set.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=f"set.jsonl, {message}" if message[:3] in ("row", "lin") else message):
+        sample.load_problems(str(path))
+
+
+def test_problems_from_parquet(tmp_path):
+    """Guards against: bytes, dates and maps of a parquet file, which JSON does not have or reads as something else."""
+    import datetime
+
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    def load(**columns):
+        pyarrow.parquet.write_table(pa.table({"problem": ["a"], **columns}), tmp_path / "set.parquet")
+        return sample.load_problems(str(tmp_path / "set.parquet"))
+
+    pairs = pa.array([[("x", 1)]], type=pa.map_(pa.string(), pa.int64()))
+    assert load(solution=["so \\boxed{5}"], pairs=pairs)[0] | {"solution": ""} == {
+        "id": "set-0", "problem": "a", "answer": "5", "solution": "", "pairs": [["x", 1]]
+    }  # fmt: skip
+    for value in (b"x", datetime.date(2024, 1, 1)):
+        with pytest.raises(InputError, match="set.parquet, row 1: 'extra' cannot be written as JSON"):
+            load(extra=[value])
+    (tmp_path / "set.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(InputError, match="set.parquet: cannot be read as parquet"):
+        sample.load_problems(str(tmp_path / "set.parquet"))
+
+
+def test_outputs_as_inputs(candidates, random_model, tmp_path):
+    """Guards against: a candidates file as --data, a refined file as --candidates, whose own keys stopped the run."""
+    sample.main(flags(random_model, candidates, tmp_path / "again.jsonl", "--seed", "3"))
+    first, again = read_jsonl(candidates), read_jsonl(tmp_path / "again.jsonl")
+    assert [row["id"] for row in first] == [row["id"] for row in again] and first[0].keys() == again[0].keys()
+    assert first[0]["candidates"] != again[0]["candidates"]
+    common = ["--model", str(random_model), "--max-new-tokens", "8", "--limit", "2"]
+    refine.main(["--candidates", str(candidates), "--out", str(tmp_path / "r.refined.jsonl"), *common])
+    more = ["--candidates", str(tmp_path / "r.refined.jsonl"), *common, "--seed", "5"]
+    with pytest.raises(InputError, match="say with --out where"):
+        refine.main(more)
+    refine.main([*more, "--out", str(tmp_path / "r2.jsonl"), "-k", "2"])
+    rows = read_jsonl(tmp_path / "r2.jsonl")
+    assert [len(row["refinements"]) for row in rows] == [2, 2] and rows[0]["candidates"] == first[0]["candidates"]
+
+
+def test_candidates_of_another_program(random_model, tmp_path):
+    """Guards against: files that hold no more than texts, and answers or prompts of a wrong type in them."""
+    row = {"id": "a", "question": "x", "answer": 5, "candidates": [{"text": "\\boxed{5}"}]}
+    path = tmp_path / "vllm.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    refine.main(["--candidates", str(path), "--model", str(random_model), "--max-new-tokens", "4"])
+    assert read_jsonl(tmp_path / "vllm.refined.jsonl")[0]["problem"] == "x"
+    for key, value in (("answer", ["5"]), ("prompt", 5), ("candidates", [{"text": None}]), ("candidates", [])):
+        path.write_text(json.dumps({**row, key: value}) + "\n")
+        with pytest.raises(InputError, match="vllm.jsonl, id 'a': .*" + ("text" if key == "candidates" else key)):
+            refine.read_candidates(path)
+
+
+
 def test_knights_and_knaves():
     """Each puzzle, read again from its English, has one solution, the answer; and they are the same each time."""
     puzzles = sample.load_problems("knights")
@@ -321,7 +398,6 @@ def test_bad_input_gets_one_line_and_exit_code_2(candidates, random_model, tmp_p
         ("sample.py", flags(random_model, data, out, "--device", "cuda:9"), "--device cuda:9: not usable", {}),
         ("refine.py", ["--model", random_model, "--candidates", data], "no 'candidates' in it", {}),
         ("refine.py", ["--model", random_model, "--candidates", tmp_path / "none.jsonl"], "no candidates with a", {}),
-        ("evaluate.py", [candidates], "no 'refinements' in it", {}),
         ("evaluate.py", [tmp_path / "nothing.jsonl"], "cannot be read", {}),
         ("train.py", ["--model", random_model], "give --teacher", {}),
         ("train.py", ["--model", random_model, "--solve", candidates, "--out", out], "no right solution", {}),

@@ -9,10 +9,12 @@ import torch
 from conftest import ROOT
 from test_model import theirs
 
+import hub
 import model as m
 import refine
 import sample
-from evaluate import read_json, read_jsonl, report
+from evaluate import report
+from files import read_json, read_jsonl
 
 TINY = ROOT / "tiny"
 MODELS = sorted(path.parent.name for path in TINY.glob("*/model.safetensors"))
@@ -62,7 +64,7 @@ def test_shipped_models_do_what_is_claimed(name, tmp_path):
     for key, percent in claimed()[name].items():
         error = max(2.0, 100 * (row[key] * (1 - row[key]) / 200) ** 0.5)
         assert abs(100 * row[key] - percent) < 4 * error, f"{key} {100 * row[key]:.1f}%, {percent}% in the table"
-    if TINY / name == sample.find_model("tiny"):
+    if TINY / name == hub.find_model("tiny"):
         assert row["gap"]["ci95"][1] < 0  # claim 1
 
 

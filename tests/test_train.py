@@ -1,6 +1,7 @@
 """train.py: which rows are learned, the loss, packs, processes, checkpoints, and what comes out."""
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -20,10 +21,11 @@ from conftest import ROOT, make_folder
 from test_evaluate import refined_row, write_rows
 from test_model import theirs
 
+import hub
 import model as m
 import sample
 import train
-from evaluate import InputError, meta_path, read_json, read_jsonl
+from files import InputError, meta_path, read_json, read_jsonl
 
 CPU = torch.device("cpu")
 
@@ -79,8 +81,14 @@ def rows_of(*lengths):
 def run_train(folder, rows, out, held=(), **changes):
     """train.train() on a fresh copy of a model -> (its weights in one row, the lines of its log)."""
     model, tokenizer = m.load(folder)
-    train.train(model, rows, list(held), tokenizer, settings(**changes), CPU, torch.float32, out, {"a": 1}, 0, 1)
+    process = train.Process(CPU, torch.float32, 0, 1)
+    train.train(model, tokenizer, rows, list(held), settings(out=str(out), **changes), process, {"a": 1})
     return torch.cat([p.detach().flatten() for p in model.parameters()]), read_jsonl(f"{out}.metrics.jsonl")
+
+
+def rows_in(path, task, tokenizer, excluded=False, **changes):
+    """What train.make_rows() makes of a file."""
+    return train.make_rows(train.read_examples(path, task), task, tokenizer, lambda _: excluded, settings(**changes))
 
 
 ROWS = ((5, 9), (30, 4), (12, 1), (3, 20), (40, 8), (2, 2))
@@ -92,21 +100,30 @@ ROWS = ((5, 9), (30, 4), (12, 1), (3, 20), (40, 8), (2, 2))
 def test_rows(data, random_model):
     """Guards against: wrong, cut-off or doubled texts being learned; another order than the teacher's; no stop id."""
     _, tokenizer = m.load(random_model)
-    rows, dropped = train.make_rows(data[0], 0, tokenizer, lambda _: False, settings())
+    rows, dropped = rows_in(data[0], 0, tokenizer)
     assert len(rows) == 6 and {k: n for k, n in dropped.items() if n} == {"wrong": 6, "cut off": 6, "duplicate": 6}
     assert rows[3].prompt == tokenizer.encode_chat(sample.SOLVE_PROMPT.format(problem="What is 3 + 3?"))[1]
     assert tokenizer.decode(rows[3].completion) == "3 and 3 make \\boxed{6}." and rows[3].completion[-1] == 2
 
-    rows, dropped = train.make_rows(data[1], 1, tokenizer, lambda _: False, settings())
+    rows, dropped = rows_in(data[1], 1, tokenizer)
     assert len(rows) == 6 and {k: n for k, n in dropped.items() if n} == {"wrong": 6, "no answer": 6}
     text = tokenizer.tokenizer.decode(rows[3].prompt, skip_special_tokens=False)
     assert text.index("I do not know") < text.index("perhaps") < text.index("or \\boxed{6}")
     assert tokenizer.decode(rows[3].completion) == "Better: \\boxed{6}" and {row.kind for row in rows} == {1}
 
-    assert train.make_rows(data[1], 1, tokenizer, lambda _: False, settings(max_length=300))[1]["too long"] == 6
-    assert train.make_rows(data[1], 1, tokenizer, lambda _: True, settings())[1]["excluded"] == 18
-    none = settings(balance=[1.0, 0.0, 1.0])
-    assert train.make_rows(data[1], 1, tokenizer, lambda _: False, none)[1]["unbalanced"] == 6
+    assert rows_in(data[1], 1, tokenizer, max_length=300)[1]["too long"] == 6
+    assert rows_in(data[1], 1, tokenizer, excluded=True)[1]["excluded"] == 18
+    assert rows_in(data[1], 1, tokenizer, balance=[1.0, 0.0, 1.0])[1]["unbalanced"] == 6
+
+
+@pytest.mark.parametrize("missing", [None, "", "nan", " None "])
+def test_a_missing_right_answer_does_not_make_completions_wrong(missing, data, random_model, tmp_path):
+    """Guards against: "nan" as a right answer that all are graded by, or wrong completions that nobody can call so."""
+    _, tokenizer = m.load(random_model)
+    for task, n in ((0, 24), (1, 18)):
+        lines = [{**line, "answer": missing} for line in read_jsonl(data[task])]
+        rows, dropped = rows_in(write_rows(tmp_path / "x.jsonl", lines), task, tokenizer)
+        assert rows == [] and {k: n for k, n in dropped.items() if n} == {"ungraded": n}
 
 
 def test_kinds_and_balance(tmp_path, random_model):
@@ -115,9 +132,9 @@ def test_kinds_and_balance(tmp_path, random_model):
     answers = {"w": ["2", "3"], "m": ["1", "3"], "r": ["1", "1"]}
     lines = [refined_row(f"{kind}{i}", answers[kind], ["1"]) for i in range(40) for kind in "wmr"]
     path = write_rows(tmp_path / "x.refined.jsonl", lines)
-    rows, dropped = train.make_rows(path, 1, tokenizer, lambda _: False, settings())
+    rows, dropped = rows_in(path, 1, tokenizer)
     assert all(row.kind == "wmr".index(row.problem["id"][0]) for row in rows) and len(rows) == 120
-    half = train.make_rows(path, 1, tokenizer, lambda _: False, settings(balance=[1.0, 1.0, 0.5]))
+    half = rows_in(path, 1, tokenizer, balance=[1.0, 1.0, 0.5])
     kinds = [row.kind for row in half[0]]
     assert kinds.count(0) == kinds.count(1) == 40 and 10 < kinds.count(2) < 30
     assert half[1]["unbalanced"] == 40 - kinds.count(2)
@@ -126,7 +143,7 @@ def test_kinds_and_balance(tmp_path, random_model):
 def test_candidates_are_shown_anew_each_epoch(data, random_model):
     """Guards against: one order for all epochs, draws that depend on what was drawn before, "Candidate 2" misplaced."""
     _, tokenizer = m.load(random_model)
-    rows, _ = train.make_rows(data[1], 1, tokenizer, lambda _: False, settings())
+    rows, _ = rows_in(data[1], 1, tokenizer)
     args = settings(shown=[1, 2])
     epochs = [[train.shown_anew(row, epoch, tokenizer, args).prompt for row in rows] for epoch in range(8)]
     assert epochs[3] == [train.shown_anew(row, 3, tokenizer, args).prompt for row in rows]
@@ -255,7 +272,7 @@ def test_activation_checkpointing_changes_no_weight(student, tmp_path):
 def test_sharded_in_bfloat16_keeps_float32_weights(random_model):
     """What a GPU does, on one CPU process: weights, gradients and moments float32, compute bfloat16, tied matrices."""
     rows, scale = rows_of(*ROWS), torch.tensor([0.1, 0.1])
-    model, _ = m.load(sample.find_model("tiny"))
+    model, _ = m.load(hub.find_model("tiny"))
     expected = train.task_losses(model, rows, scale)[1]
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -322,10 +339,11 @@ def flags_of(student, data, out, *more):
     return [*flags, "--lr", "3e-3", "--batch-size", "6", "--validation", "1", *more]
 
 
-def start(flags, ranks=0):
-    """train.py as a process, or as `ranks` of them."""
+def start(flags, ranks=0, limit=""):
+    """train.py as a process, or as `ranks` of them; `limit`: KiB that a file may have at most."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     command = [sys.executable, *torchrun, str(ROOT / "train.py"), *flags]
+    command = ["bash", "-c", f'ulimit -f {limit} && exec "$@"', "bash", *command] if limit else command
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
 
@@ -390,15 +408,15 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(data, student, tmp_p
 
 def test_a_kill_while_the_log_is_cut_back_loses_none_of_it(student, tmp_path, monkeypatch):
     """Guards against: a metrics.jsonl emptied by a kill at the start, so that its first steps are never seen again."""
-    rows, flags, write = rows_of(*ROWS), {"steps": 6, "save_every": 2}, Path.write_text
+    rows, flags = rows_of(*ROWS), {"steps": 6, "save_every": 2}
     run_train(student, rows, tmp_path / "a", **flags)
     before = read_jsonl(tmp_path / "a.metrics.jsonl")
 
-    def killed(path, text, *more, **options):
-        write(path, text[: len(text) // 2], *more, **options)
+    def killed(descriptor):
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_text", killed)
+    monkeypatch.setattr(os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         run_train(student, rows, tmp_path / "a", **flags)
     monkeypatch.undo()
@@ -454,22 +472,79 @@ def test_what_two_ranks_saved_one_goes_on_from(data, student, tmp_path):
     assert_same_losses(tmp_path / "whole", out, 1e-4)
 
 
+def test_signals_are_as_they_were_after_training():
+    """Guards against: handlers that stay after an error, so that Ctrl-C is ignored from then on."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError), train.stop_signals() as caught:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert caught == [143, 130]
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_reader_that_leaves_ends_it_without_a_traceback(data, student, tmp_path):
+    """Guards against: `train.py | head -1` that ends in a traceback of BrokenPipeError."""
+    process = start(flags_of(student, data, tmp_path / "out", "--steps", "2000"))
+    assert "solve rows" in process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=100) == 141 and "Traceback" not in process.stderr.read()
+    assert not Path(f"{tmp_path}/out.lock").exists()
+
+
+@pytest.mark.parametrize("limit,file", [("600", "out.checkpoints/step-4"), ("200", "out")])
+def test_no_room_is_one_line_and_a_rerun_goes_on(limit, file, data, student, tmp_path):
+    """Guards against: an internal error of torch or safetensors, without a word about the disk, or work lost by it."""
+    out, flags = tmp_path / "out", ["--steps", "6", "--save-every", "2" if limit == "200" else "4"]
+    if limit == "200":  # its checkpoints have room, its result has none
+        process = start(flags_of(student, data, out, *flags))
+        wait_for(lambda: (out.parent / "out.checkpoints" / "step-4").exists(), process)
+        process.kill()
+        process.communicate()
+        assert not out.exists()
+    text = finish(start(flags_of(student, data, out, *flags), limit=limit), 2)
+    assert f"error: {tmp_path / file}: cannot be written (" in text and "File too large" in text
+    assert "Traceback" not in text and not out.exists() and not read_json(meta_path(out))["complete"]
+    train.main(flags_of(student, data, out, *flags))
+    train.main(flags_of(student, data, tmp_path / "whole", *flags))
+    assert_same_losses(tmp_path / "whole", out, 0)
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "record.json"])
+@pytest.mark.parametrize("content", [b"", b"[]\n"])
+def test_a_damaged_checkpoint_is_one_line(name, content, student, tmp_path, capfd):
+    """Guards against: a traceback, or weights of which a part is read. Without it the one before is taken."""
+    rows, flags = rows_of(*ROWS), {"steps": 4, "save_every": 1}
+    weights, _ = run_train(student, rows, tmp_path / "a", **flags)
+    newest = tmp_path / "a.checkpoints" / "step-3"
+    (newest / name).write_bytes(content)
+    capfd.readouterr()
+    with pytest.raises(InputError, match="step-3: cannot be read .*; without it, a rerun goes on from the one before"):
+        run_train(student, rows, tmp_path / "a", **flags)
+    assert "Traceback" not in "".join(capfd.readouterr())
+    newest.rename(tmp_path / "damaged")
+    again, lines = run_train(student, rows, tmp_path / "a", **flags)
+    assert torch.equal(weights, again) and [line["step"] for line in lines] == [1, 2, 3, 4]
+
+
 # ------------------------------------------------------------------------------------------------
 # The command
 
 
-def test_trained_folder(data, student, tmp_path, capsys):
+def test_trained_folder(data, student, tmp_path, capsys, monkeypatch):
     """It learns its rows, transformers loads the result with the same logits, and a second run leaves it alone."""
     out = tmp_path / "trained"
     flags = flags_of(student, data, out, "--steps", "60", "--batch-size", "12", "--validation", "0")
     train.main(flags)
     printed = capsys.readouterr().out
-    assert "6 solve rows; dropped: 0 excluded, 6 cut off, 0 no answer, 6 wrong, 6 duplicate" in printed
+    assert "6 solve rows; dropped: 0 excluded, 0 ungraded, 6 cut off, 0 no answer, 6 wrong, 6 duplicate" in printed
     assert (
-        "6 refine rows (0 all wrong, 6 mixed, 0 all right); dropped: 0 excluded, 0 cut off, 6 no answer, 6 wrong"
-        in printed
+        "6 refine rows (0 all wrong, 6 mixed, 0 all right); dropped: 0 excluded, 0 ungraded, 0 cut off, 6 no answer, "
+        "6 wrong" in printed
     )
-    assert "computing in float32" in printed
+    place = "12 rows to train on, 0 to validate on; 60 of 60 steps on cpu x 1, computing in float32"
+    assert f"{out}: {place}\n" in printed
     lines = read_jsonl(f"{out}.metrics.jsonl")
     assert lines[-1]["loss_solve"] < 0.3 * lines[0]["loss_solve"]
     assert lines[-1]["loss_refine"] < 0.3 * lines[0]["loss_refine"]
@@ -485,8 +560,10 @@ def test_trained_folder(data, student, tmp_path, capsys):
     before = (out / "model.safetensors").read_bytes()
     train.main(flags)
     assert "trained already" in capsys.readouterr().out
-    with pytest.raises(InputError, match="exists, and was made with lr"):
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="exists, and was made with lr"):
+        patch.setattr(train, "read_examples", lambda *_: pytest.fail("it read the data first"))
         train.main([*flags, "--lr", "1e-4"])
+    assert not Path(f"{out}.lock").exists()
     assert (out / "model.safetensors").read_bytes() == before
 
 
@@ -500,7 +577,7 @@ def test_export_in_shards(tie, tmp_path):
     index = read_json(tmp_path / "b" / "model.safetensors.index.json")
     assert len(shards) > 3 and sorted(set(index["weight_map"].values())) == shards
     again, _ = m.load(tmp_path / "b")
-    assert sample.fingerprint(again) == sample.fingerprint(model)
+    assert hub.fingerprint(again) == hub.fingerprint(model)
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         torch.testing.assert_close(model.lm_head(model(ids)), theirs(tmp_path / "b")(ids).logits, atol=1e-4, rtol=0)
@@ -555,12 +632,31 @@ def test_bad_input_gets_a_line_before_any_time_is_spent(data, student, tmp_path,
     fails("--max-length 5000: the context of .* is 1024", "--max-length", "5000")
     fails("--balance", "--balance", "1", "1", "2")
     fails("--shown 3 2", "--shown", "3", "2")
-    fails("--exclude|no such file", "--exclude", str(tmp_path / "nothing"))
+    fails("--exclude .*nothing: no such file", "--exclude", str(tmp_path / "nothing"))
     fails("all of the 6 problems", "--validation", "6")
     fails("--lr 0.0", "--lr", "0")  # not the default
     fails("--weight -1.0", "--weight", "-1")
     fails("--seed -1", "--seed", "-1")
+    for file in (tmp_path / "file", Path("/dev/null")):
+        with pytest.raises(InputError, match=f"--out {file}: a file or a device"):
+            file.write_text("mine")
+            train.main(flags_of(student, data, file))
+    assert (tmp_path / "file").read_text() == "mine" and Path("/dev/null").is_char_device()
     lines = read_jsonl(data[1])
+    for match, bad in (
+        ("its answer is not a text but \"\\['4'", {"answer": ["4"]}),
+        ("its problem is not a text", {"problem": 7}),
+        ("no 'problem'", {"problem": None}),
+        ("no candidates with a text", {"candidates": [{"text": None}]}),
+        ("its prompt is not a text", {"prompt": 7}),
+        ("lacks a text or an order", {"refinements": [{"text": "a", "order": [1.0]}]}),
+        ("lacks a text or an order", {"refinements": [{"text": "a", "order": [True]}]}),
+        ("lacks a text or an order", {"refinements": [{"text": "a", "order": [0], "prompt": 7}]}),
+    ):
+        path = write_rows(tmp_path / "x.jsonl", [lines[0], {**lines[1], **bad}])
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "load", lambda *_: pytest.fail("it read weights first"))
+            fails(match, files=(data[0], path))
     for key in ("answer", "refinements", "candidates", "problem"):
         path = write_rows(tmp_path / "x.jsonl", [lines[0], {k: v for k, v in lines[1].items() if k != key}])
         fails(f"line 2: no '{key}'", files=(data[0], path))
@@ -568,7 +664,7 @@ def test_bad_input_gets_a_line_before_any_time_is_spent(data, student, tmp_path,
         path = write_rows(tmp_path / "x.jsonl", [{**lines[0], "refinements": bad}])
         fails("lacks a text or an order", files=(data[0], path))
     monkeypatch.chdir(tmp_path)
-    for match, *more in (("nothing", "--exclude", "nothing"), ("no such folder", "--teacher", "./nothing")):
+    for match, *more in (("--exclude nothing", "--exclude", "nothing"), ("no such folder", "--teacher", "./nothing")):
         with pytest.raises(InputError, match=match):  # here it would sample first
             train.main(["--model", str(student), "--teacher", str(student), *more])
     assert not Path("runs").exists()
@@ -576,7 +672,7 @@ def test_bad_input_gets_a_line_before_any_time_is_spent(data, student, tmp_path,
     fails("no right solution or refinement", files=(wrong, wrong))
 
     path = write_rows(tmp_path / "y.refined.jsonl", lines)
-    for weights, good in (("0123456789abcdef", False), (sample.fingerprint(m.load(student)[0], torch.bfloat16), True)):
+    for weights, good in (("0123456789abcdef", False), (hub.fingerprint(m.load(student)[0], torch.bfloat16), True)):
         meta_path(path).write_text(json.dumps({"candidates_by": weights}))
         if not good:
             with monkeypatch.context() as patch:
@@ -594,14 +690,60 @@ def test_bad_input_gets_a_line_before_any_time_is_spent(data, student, tmp_path,
         train.main(flags_of(stranger, data, other, "--steps", "2", "--save-every", "1"))
 
 
+@pytest.mark.parametrize("name", ["", ".partial", ".metrics.jsonl", ".loss.png", ".meta.json"])
+def test_what_others_wrote_is_left_alone(name, data, student, tmp_path):
+    """Guards against: a folder or file beside --out, of another program, that is deleted or overwritten."""
+    theirs = tmp_path / f"out{name}"
+    theirs.mkdir() if name in ("", ".partial") else theirs.write_text('{"made": "by hand"}')
+    with pytest.raises(InputError, match=f"out{name} is in the way, and not of train.py; choose another --out"):
+        train.main(flags_of(student, data, tmp_path / "out"))
+    assert theirs.is_dir() or theirs.read_text() == '{"made": "by hand"}'
+    assert list(tmp_path.iterdir()) == [theirs]
+
+
+def test_a_meta_file_that_is_no_object_is_one_line(data, student, tmp_path):
+    (tmp_path / "out.meta.json").write_text("[]")
+    with pytest.raises(InputError, match="out.meta.json: holds no JSON object"):
+        train.main(flags_of(student, data, tmp_path / "out"))
+
+
+def test_one_command_at_a_time_on_an_output(data, student, tmp_path, monkeypatch):
+    """Guards against: two that write one output together, die at a checkpoint and leave half of the losses."""
+    monkeypatch.setattr(train, "run", lambda *_: pytest.fail("it began"))
+    with open(tmp_path / "out.lock", "w+") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        print("process 7", end="", file=other, flush=True)
+        with pytest.raises(InputError, match="out: in use by process 7"):
+            train.main(flags_of(student, data, tmp_path / "out"))
+
+
+def test_complete_is_said_when_the_folder_is_there(data, student, tmp_path, monkeypatch, capsys):
+    """Guards against: a meta file that says complete before there is a result; killed between, a rerun says it."""
+    flags, save = flags_of(student, data, tmp_path / "out", "--steps", "2"), train.save
+
+    def killed(*given):
+        assert not read_json(meta_path(tmp_path / "out"))["complete"]
+        save(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(flags)
+    assert not read_json(meta_path(tmp_path / "out"))["complete"]
+    train.main(flags)
+    assert "trained already" in capsys.readouterr().out
+    meta = read_json(meta_path(tmp_path / "out"))
+    assert meta["complete"] and meta["spent"]["steps"] == 2
+
+
 def test_a_gpu_without_a_number_is_the_process_own(monkeypatch):
     """Guards against: --device cuda, which torch.cuda.set_device refuses, and which is GPU 0 for every process."""
     current = []  # CUDA graphs are recorded on the current device, which has to be the model's
     monkeypatch.setattr(m.torch, "empty", lambda *_, device: None)
     monkeypatch.setattr(m.torch.cuda, "set_device", current.append)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert sample.pick_device("cuda", "auto") == (torch.device("cuda:3"), torch.bfloat16)
-    assert sample.pick_device("cuda:1", "auto")[0].index == 1 and sample.pick_device("cpu", "auto")[1] == torch.float32
+    assert hub.pick_device("cuda", "auto") == (torch.device("cuda:3"), torch.bfloat16)
+    assert hub.pick_device("cuda:1", "auto")[0].index == 1 and hub.pick_device("cpu", "auto")[1] == torch.float32
     assert current == ["cuda:3", "cuda:1"]
 
 
@@ -620,7 +762,7 @@ def test_missing_data_are_made_and_kept(random_model, tmp_path, monkeypatch, cap
         len(read_jsonl(folder / "teacher.candidates.jsonl")) == len(read_jsonl(folder / "teacher.refined.jsonl")) == 3
     )
     made = read_json(folder / "teacher.refined.meta.json")
-    assert made["candidates_by"] == sample.fingerprint(m.load(random_model)[0])
+    assert made["candidates_by"] == hub.fingerprint(m.load(random_model)[0])
     assert capsys.readouterr().out.count("python sample.py --model") == 2
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*.jsonl")}
     with pytest.raises(InputError, match="no right solution"):

@@ -29,7 +29,8 @@ from typing import NamedTuple
 TINY = Path(os.path.relpath(Path(__file__).parent))
 sys.path.insert(0, str(TINY.parent))
 
-from evaluate import as_markdown, correlations, gap_of, report  # noqa: E402
+from evaluate import report  # noqa: E402
+from figures import as_markdown, correlations, gap_of  # noqa: E402
 from files import InputError, command_line, read_json  # noqa: E402
 
 RUNS = Path("runs/study")

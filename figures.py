@@ -1,0 +1,326 @@
+"""Tables and figures of what report.json says; evaluate.py prints and writes them.
+
+`rows` are those of report.json, and `methods` are METHODS of evaluate.py, with their names and how they are drawn.
+"""
+
+import textwrap
+from dataclasses import dataclass
+
+import numpy as np
+
+BLUE, GREY = "#0b5fa5", "0.5"
+
+# ------------------------------------------------------------------------------------------------
+# Tables
+
+
+@dataclass
+class Table:
+    title: str
+    note: str
+    columns: dict  # heading -> function of a row of report.json that gives the text
+    needs: str = "name"  # what of a row must be known, or it is left out
+
+
+def cell(layout, *values):
+    """Numbers as a text, with a dash for what is not known."""
+    texts = ["-" if value is None else layout.format(value) for value in values]
+    return "-" if set(texts) == {"-"} else " / ".join(texts)
+
+
+def gap_of(found):
+    """A gap in points with its interval."""
+    values = [100 * value for value in (found["points"], *found["ci95"])] if "points" in found else None
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*values) if values else "-"
+
+
+def shorten(name, width):
+    """A name without its middle where it is too long: names of one family differ at their ends."""
+    return name if len(name) <= width else f"{name[: width // 2 - 1]}…{name[len(name) - (width - width // 2) :]}"
+
+
+def at_equal_cost(kind, mark=""):
+    """Columns: the number of candidates that cost the same, their vote, and the gap to it."""
+
+    def maj(cost):
+        return "~" * cost.get("extrapolated", 0) + cell("{:.1%}", cost.get("maj"))
+
+    return {
+        f"{mark}k": lambda row: cell("{:.1f}", row["equal_cost"][kind]["k"]),
+        f"{mark}maj@k": lambda row: maj(row["equal_cost"][kind]),
+        f"{mark}gap [95%]": lambda row: gap_of(row["equal_cost"][kind]),
+    }
+
+
+TABLES = [
+    Table(
+        "Refinement Gap: refined - maj@N, on the same candidates",
+        "better : worse: problems on which the refinement does better or worse than the vote, with p of the exact "
+        "McNemar test; s.e.: standard error of the gap over seeds, in points",
+        {
+            "points [95%]": lambda row: gap_of(row["gap"]),
+            "relative": lambda row: cell("{:+.1%}", row["gap"]["relative"]),
+            "[95%]": lambda row: cell("[{0[0]:+.0%}, {0[1]:+.0%}]", row["gap"]["relative_ci95"]),
+            "better : worse": lambda row: "{better} : {worse}".format(**row["gap"]["mcnemar"]),
+            "p": lambda row: "{p:.2g}".format(**row["gap"]["mcnemar"]),
+            "s.e. of seeds": lambda row: cell("{:.1%}", row["gap"]["seed_se"]).rstrip("%"),
+        },
+        "gap",
+    ),
+    Table(
+        "At equal cost: refined - maj@k, where k candidates cost what N and one refinement do",
+        "in generated tokens, and (*) together with prompts; ~: the files hold fewer than k candidates, so the curve "
+        "of maj@k is continued in a straight line, which overestimates the vote; -: k is more than twice as many as "
+        "the files hold, or tokens are not known",
+        {
+            "refined": lambda row: cell("{:.1%}", row["refined"]),
+            **at_equal_cost("generated"),
+            **at_equal_cost("with_prompts", "*"),
+        },
+        "equal_cost",
+    ),
+    Table(
+        "What refinement does, by what the vote did",
+        "all wrong, outvoted, tied: problems that the refinement solves, of those where no candidate is right, where "
+        "the right ones lose the vote, and where the vote is tied; broken: problems that it gets wrong, of those that "
+        "the vote solves; reordered: how often two refinements of a problem, shown its candidates in different orders, "
+        "differ in their answers (in part by chance); first / last: accuracy of the refinement where the first or the "
+        "last candidate shown is right, but not all are",
+        {
+            "all wrong": lambda row: "{:.4g} / {}".format(*row["rescued"]["all_wrong"]),
+            "outvoted": lambda row: "{:.4g} / {}".format(*row["rescued"]["minority_right"]),
+            "tied": lambda row: "{:.4g} / {}".format(*row["rescued"]["tied"]),
+            "broken": lambda row: "{:.4g} / {}".format(*row["rescued"]["majority_right_broken"]),
+            "reordered": lambda row: cell("{:.1%}", row["order"]["changed"]),
+            "first / last": lambda row: cell("{:.1%}", *(row["order"]["at_place"][i][0] for i in (0, -1))),
+        },
+        "rescued",
+    ),
+    Table(
+        "Answers and cost of a problem: candidates / refinements",
+        "unanimous: all candidates of a problem give the same answer; cut off: ended by the length limit; a prompt "
+        "counts once, since it is computed once for all its samples",
+        {
+            "unanimous": lambda row: cell("{:.1%}", row["unanimous"]),
+            "answered": lambda row: cell("{:.1%}", *row["answered"].values()),
+            "cut off": lambda row: cell("{:.1%}", *row["cut_off"].values()),
+            "tokens": lambda row: cell("{:,.0f}", row["tokens"]["candidates"], row["tokens"]["refinement"]),
+            "prompts": lambda row: cell("{:,.0f}", row["tokens"]["prompt"], row["tokens"]["refinement_prompt"]),
+            "seconds": lambda row: cell("{:.2f}", *row["seconds"].values()),
+            "parameters": lambda row: cell("{:,.1f} M", row["parameters"] and row["parameters"] / 1e6),
+        },
+    ),
+]
+
+
+def tables_of(rows, methods):
+    """All tables of some rows of report.json -> [(title, lines of cells with the headings first, note)]."""
+    methods = [method for method in methods if any(method.name in row["methods"] for row in rows)]
+    accuracy = {key: lambda row, key=key: str(row[key.lower()]) for key in ("problems", "N", "K")}
+    for name in (method.name for method in methods):
+        accuracy[name] = lambda row, name=name: cell("{:.1%}", row["methods"].get(name, {}).get("accuracy"))
+    sizes = [2**i for i in range(max(row["n"] for row in rows).bit_length())][-6:]
+    curve = {f"k = {k}": lambda row, k=k: cell("{:.1%}", row.get(f"maj@{k}"), row.get(f"pass@{k}")) for k in sizes}
+    labels = "; ".join(f"{method.name}: {method.label.format(n='N', k='K')}" for method in methods)
+    first = [Table("Accuracy", labels, accuracy)]
+    first.append(Table("With k of the candidates: maj@k / pass@k", "means over all subsets of k", curve))
+    tables = []
+    for table in first + TABLES:
+        lines = [[row["name"], *(text(row) for text in table.columns.values())] for row in rows if row[table.needs]]
+        tables += [(table.title, [["", *table.columns], *lines], table.note)] if lines else []
+    return tables
+
+
+def as_text(title, lines, note, width=100):
+    """A table for the terminal, `width` columns at most: long names lose their middle."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    gap = 2 if sum(widths) + 2 * len(widths) - 2 <= width else 1
+    widths[0] = max(6, min(widths[0], width - sum(widths[1:]) - gap * (len(widths) - 1)))
+    text = [title]
+    for name, *others in lines:
+        padded = (other.rjust(size) for other, size in zip(others, widths[1:]))
+        text.append((" " * gap).join([shorten(name, widths[0]).ljust(widths[0]), *padded]).rstrip())
+    return "\n".join([*text, *textwrap.wrap(f"({note})", width)])
+
+
+def as_markdown(title, lines, note):
+    head, *rest = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([f"## {title}", "", head, "| --- |" + " ---: |" * (len(lines[0]) - 1), *rest, "", f"{note}."])
+
+
+def correlations(scaling):
+    """What report.json says under `scaling`, a sentence each."""
+    text = []
+    for key, values in (scaling or {}).items():
+        if values["spearman"] is not None:
+            low_high = values["ci95"] and "95% [{:+.2f}, {:+.2f}]".format(*values["ci95"])
+            what = f"{key.replace('_and_', ' against ')}: rank correlation {values['spearman']:+.2f}"
+            text.append(f"{what} over {values['models']} rows ({low_high or 'too few for an interval'}).")
+    return text
+
+
+# ------------------------------------------------------------------------------------------------
+# Figures: the refinement in blue, the vote in black, the rest in grey; names stand beside their points
+
+
+def look(method, row, **more):
+    """How the points of a method are drawn: arguments of plot."""
+    style = {"label": method.label.format(n=row["n"], k=row["k"]), "color": method.colour, "marker": method.marker}
+    return {**style, "markersize": 5 if method.colour == GREY else 7, "linestyle": "none", **more}
+
+
+def in_percent(found, value):
+    """An accuracy or a gap and its interval, for a figure -> (value, [low, high])."""
+    return 100 * found[value], [100 * x for x in found["ci95"]]
+
+
+def spread(places, distance):
+    """Ascending places in [0, 1], moved to be `distance` apart, up as much as down, and not out of [0, 1]."""
+    steps = distance * np.arange(len(places))
+    up, down = np.maximum.accumulate(places - steps), np.minimum.accumulate((places - steps)[::-1])[::-1]
+    return np.clip((up + down) / 2, 0, max(0, 1 - steps[-1])) + steps
+
+
+def name_points(axis, inches):
+    """Right of a panel so many inches high, the names of its points (of lines: of their ends), joined to them."""
+    lines = [line for line in axis.get_lines() if not line.get_label().startswith("_")]
+    lines.sort(key=lambda line: line.get_ydata()[-1])
+    low, high = axis.get_ylim()
+    places = np.array([(line.get_ydata()[-1] - low) / (high - low) for line in lines])
+    thin = {"arrowstyle": "-", "color": "0.8", "linewidth": 0.7, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
+    for line, height in zip(lines, spread(places, 0.17 / inches)):
+        at = {"xytext": (1.06, height), "textcoords": "axes fraction", "va": "center", "arrowprops": thin}
+        axis.annotate(line.get_label(), line.get_xydata()[-1], color=line.get_color(), fontsize=9, **at)
+
+
+def panels(fig, things, ylabel, inches=2.6):
+    """(panel, thing) for each of some things, two panels beside each other; when all are drawn, points get names."""
+    down, across = -(-len(things) // 2), min(len(things), 2)
+    fig.set_size_inches(5 * across, (inches + 0.9) * down)
+    axes = fig.subplots(down, across, squeeze=False, sharey=True).ravel()
+    yield from zip(axes, things)
+    for axis in axes[::across]:
+        axis.set_ylabel(ylabel)
+    for axis in axes[: len(things)]:  # now that their limits, which they share, are known
+        name_points(axis, inches)
+    for axis in axes[len(things) :]:
+        axis.remove()
+
+
+def draw_methods(rows, methods, fig):
+    """On the left the accuracy of each method with its interval, on the right the gap, where there is one."""
+    gaps = any(row["gap"] for row in rows)
+    intervals = [in_percent(found, "accuracy")[1] for row in rows for found in row["methods"].values()]
+    room = min(max(low, 100 - high) for low, high in intervals) > 42  # for names beside them; else they stand outside
+    fig.set_size_inches((6 if room else 7.5) + 3.5 * gaps, 1 + 0.2 * len(rows) + 0.19 * len(intervals))
+    left, *right = fig.subplots(1, 1 + gaps, width_ratios=(5, 3)[: 1 + gaps], sharey=True, squeeze=False)[0]
+    y, middles = 0, []
+    for row in rows:
+        middles.append(y + (len(row["methods"]) - 1) / 2)
+        for method in (method for method in methods if method.name in row["methods"]):
+            accuracy, (low, high) = in_percent(row["methods"][method.name], "accuracy")
+            style = look(method, row)
+            left.plot([low, high], [y, y], color=method.colour, linewidth=1.2)
+            left.plot(accuracy, y, **style)
+            x, shift, side = (low, (-7, 0), "right") if low > 100 - high else (high, (7, 0), "left")
+            if not room:
+                x, shift, side = 102, (5, 0), "left"
+            text = {"fontsize": 8, "color": method.colour, "ha": side, "va": "center", "textcoords": "offset points"}
+            left.annotate(f"{style['label']}  {accuracy:.1f}", (x, y), shift, **text)
+            y += 1
+        y += 1
+        if row["gap"]:
+            gap, ends = in_percent(row["gap"], "points")
+            right[0].plot(ends, [middles[-1]] * 2, "|-", color=BLUE, markersize=9)
+            right[0].plot(gap, middles[-1], "D", color=BLUE)
+            text = {"ha": "center", "fontsize": 9, "textcoords": "offset points"}
+            paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            right[0].annotate(gap_of(row["gap"]), (gap, middles[-1]), (0, 9), bbox=paper, **text)
+        for axis in (left, *right):
+            axis.axhline(y - 1, color="0.8", linewidth=0.8)
+    left.set(xlabel="problems solved (%), 95% interval", xlim=(-2, 102), ylim=(y - 1, -1))
+    left.set_yticks(middles, [shorten(row["name"], 28) for row in rows])
+    for axis in right:
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_xlabel("Refinement Gap\n(refined - majority vote, in points)")
+        axis.margins(x=0.3)
+
+
+def draw_frontier(rows, methods, fig):
+    """Accuracy against tokens: the vote and a perfect judge of 1..N candidates, and the other methods."""
+    for axis, row in panels(fig, rows, "problems solved (%)"):
+        for method in (method for method in methods if method.name in row["methods"]):
+            found, style = row["methods"][method.name], look(method, row)
+            tokens, (accuracy, ends) = found["tokens"], in_percent(found, "accuracy")
+            if method.name == "pass@1":  # where both curves begin, far from the other names
+                at = {"xytext": (4, -6), "textcoords": "offset points", "va": "top", "fontsize": 9}
+                axis.annotate(style.pop("label"), (tokens, accuracy), color=method.colour, **at)
+            elif method.name in ("maj@N", "pass@N"):
+                k = np.arange(1, row["n"] + 1)
+                tokens, accuracy = tokens * k / row["n"], [100 * row[method.name.replace("N", str(i))] for i in k]
+                style |= {"linestyle": "-" if method.name == "maj@N" else ":", "markersize": 4 if len(k) <= 16 else 0}
+            elif method.name == "refined":
+                axis.vlines(tokens, *ends, color=method.colour, linewidth=1.2)
+            axis.plot(tokens, accuracy, **style)
+        axis.set(title=shorten(row["name"], 28), xlabel="tokens generated for a problem")
+        axis.set_xlim(0, 1.05 * max(found["tokens"] for found in row["methods"].values()))
+        axis.margins(y=0.12)
+
+
+def draw_outcomes(rows, methods, fig):
+    """By the number of right candidates: how many problems (bars), and how often vote and refinement are right."""
+    for axis, row in panels(fig, rows, "% of all problems (bars),\n% of these that are solved (lines)"):
+        lines = [line for line in row["by_correct"] if line["problems"]]
+        right = [line["correct"] for line in lines]
+        shares = [100 * line["problems"] / sum(line["problems"] for line in lines) for line in lines]
+        axis.bar(right, shares, color="0.87", edgecolor="0.6", linewidth=0.6)
+        axis.plot(right, shares, linestyle="none", color=GREY, label="share of all problems")
+        for method, key in ((method, method.name.removesuffix("@N")) for method in methods):
+            if key in ("maj", "refined") and method.name in row["methods"]:
+                axis.plot(right, [100 * line[key] for line in lines], **look(method, row, linestyle="-"))
+        axis.set(title=shorten(row["name"], 28), xlabel=f"right candidates of {row['n']}")
+        axis.set(xlim=(-0.7, row["n"] + 0.7), ylim=(-5, 105))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def draw_scaling(rows, methods, fig):
+    """The gap against the model's parameters, and against what one sample is worth."""
+    inches, ylabel = max(2.6, 0.17 * len(rows)), "Refinement Gap (points, 95% interval)"
+    for axis, (key, scale) in panels(fig, [("parameters", 1), ("pass@1", 100)], ylabel, inches):
+        for row in rows:
+            gap, ends = in_percent(row["gap"], "points")
+            axis.vlines(scale * row[key], *ends, color="0.7", linewidth=1.2)
+            axis.plot(scale * row[key], gap, "D", color=BLUE, label=shorten(row["name"], 24))
+        axis.axhline(0, color="black", linewidth=0.8)
+        if key == "parameters":
+            axis.set(xlabel="parameters of the model", xscale="log")
+        else:
+            axis.set(xlabel="problems that one sample solves (%)")
+        axis.margins(x=0.15)
+
+
+def draw(rows, methods, scaling, out):
+    """Draw all figures that the rows have the numbers for to the folder `out` -> their names."""
+    import matplotlib  # here, since it takes a second that --show and a wrong flag need not wait for
+    from matplotlib.figure import Figure
+
+    drawn = []
+    with_tokens = [row for row in rows if None not in [found["tokens"] for found in row["methods"].values()]]
+    with_sizes = [row for row in rows if scaling and row["parameters"] and row["gap"]]
+    with matplotlib.rc_context():
+        matplotlib.rc("figure.constrained_layout", use=True)
+        matplotlib.rc("axes", grid=True, axisbelow=True, titlesize=10)
+        matplotlib.rc("axes.spines", top=False, right=False)
+        matplotlib.rc("grid", color="0.92")
+        for name, draw_one, some in (
+            ("figure.png", draw_methods, rows),
+            ("frontier.png", draw_frontier, with_tokens),
+            ("outcomes.png", draw_outcomes, rows),
+            ("scaling.png", draw_scaling, with_sizes),
+        ):
+            if some:
+                fig = Figure()
+                draw_one(some, methods, fig)
+                fig.savefig(out / name, dpi=150)
+                drawn.append(name)
+    return drawn
