@@ -728,6 +728,9 @@ def main(argv=None):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     if not 0 < args.time_limit <= 86_400:  # also where it is nan
         raise InputError(f"--time-limit {args.time_limit:g}: must be above 0 seconds, and a day at most")
+    for flag in ("n", "k", "limit"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise InputError(f"--{flag} {getattr(args, flag)}: must be at least 1")
     if args.show and (suite or len(args.files) != 1):
         raise InputError(f"--show {args.show}: give one file, and no --suite")
     if args.show:

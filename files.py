@@ -15,6 +15,7 @@ import signal
 import sys
 from pathlib import Path
 
+FIRST = os.environ.get("RANK", "0") == "0"  # is this the first process that torchrun started, or the only one?
 LOCKS = {}  # path -> the open lock file of an output that this process works on
 
 
@@ -42,6 +43,16 @@ def command_line(main):
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+
+
+def stopped_early(kind, error, trace):
+    """What Python prints for an error that nobody caught: a line where it is Ctrl-C while torch is being imported."""
+    if kind is KeyboardInterrupt:
+        return print("\nstopped; the same command goes on from here", file=sys.stderr)
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = stopped_early
 
 
 @contextlib.contextmanager
@@ -78,7 +89,7 @@ def each_row(path, keys=()):
                     raise InputError(f"{where}: not valid JSON ({e}){torn}")
                 if not isinstance(row, dict):
                     raise InputError(f"{where}: not a JSON object but {line.decode().strip()[:40]!r}")
-                if "problem" not in row and "question" in row:
+                if row.get("problem") is None and "question" in row:
                     row["problem"] = row.pop("question")
                 for key in keys:
                     if key not in row or (key in ("id", "problem") and row[key] is None):
@@ -146,7 +157,10 @@ def write_json(path, data):
 
 def whole_lines(path):
     """The rows of a file that a kill may have torn: those of its whole lines -> (rows, their length in bytes)."""
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})")
     content = content[: content.rfind(b"\n") + 1]
     rows = []
     for number, line in enumerate(content.split(b"\n")[:-1], 1):
@@ -183,19 +197,24 @@ def lock(out):
         return
     with disk_errors(f"--out {out}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        file = open(descriptor, "r+", encoding="utf-8", errors="replace")
+        held = file.read(4096)
+    if held and not held.startswith("process "):
+        raise InputError(f"--out {out}: {path} is in the way, and not of this program; choose another --out")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
-        raise InputError(f"--out {out}: in use by {file.read() or 'another command'}; wait, or choose another --out")
+        raise InputError(f"--out {out}: in use by {held or 'another command'}; wait, or choose another --out")
     except OSError:  # a file system that has no locks
         return
-    if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+    if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
         file.close()
         return lock(out)  # its last holder has deleted the file meanwhile
-    file.truncate(0)
-    print(f"process {os.getpid()} on {platform.node()} ({shlex.join(sys.argv)})", end="", file=file, flush=True)
+    with disk_errors(f"--out {out}"):
+        file.seek(0)
+        file.truncate()
+        print(f"process {os.getpid()} on {platform.node()} ({shlex.join(sys.argv)})", end="", file=file, flush=True)
     LOCKS[path] = file
 
 
@@ -206,24 +225,30 @@ def unlock(out):
         file.close()
 
 
+def claim(out):
+    """Lock a file to be written, before any time is spent; InputError where it cannot be one of ours."""
+    if os.path.lexists(out) and not Path(out).is_file():
+        raise InputError(f"--out {out}: a folder or a device, not a file; choose another")
+    partial = Path(f"{out}.partial")
+    if partial.exists() and not meta_path(out).exists():
+        raise InputError(f"--out {out}: {partial} is in the way, and not of this program; choose another --out")
+    if FIRST:
+        lock(out)
+
+
 class Output:
     """A JSONL file that can be stopped at any moment and goes on.
 
     Each process appends the rows that it finishes to a part of its own, OUT.part0, OUT.part1, ...; `finish` makes
-    them OUT, in the order of `rows`, the problems. `done` {id: row} is what is there already, in any part, whoever
-    wrote it. What another command made is left alone, with an InputError. `made_by` is all that the content depends on.
+    them OUT, in the order of `rows`, the problems. `done` {id: row} is what is there already, in any part, of whichever
+    process. `made_by` is all that the content depends on: an output that was made by something else is left alone,
+    with an InputError.
     """
 
     def __init__(self, path, rows, made_by, rank=0):
         self.path, self.rows, self.made_by = Path(path), {row["id"]: row for row in rows}, made_by
         self.part, self.torn = Path(f"{path}.part{rank}"), True  # torn: its last line may be half of one
-        if self.path.exists() and not self.path.is_file():
-            raise InputError(f"--out {path}: a folder or a device, not a file; choose another")
-        partial = Path(f"{path}.partial")
-        if partial.exists() and not meta_path(path).exists():
-            raise InputError(f"--out {path}: {partial} is in the way, and not of this program; choose another --out")
-        if rank == 0:
-            lock(path)
+        claim(path)
         self.done = self.read()
 
     def parts(self):
@@ -235,14 +260,15 @@ class Output:
 
     def read(self):
         done, files = {}, [path for path in (self.path, *self.parts()) if path.exists() and path.stat().st_size]
-        if files:
+        meta = meta_path(self.path)
+        if files or (meta.exists() and "weights" not in read_json(meta)):  # a meta file of something else
             check_same(self.path, self.made_by)
         else:
             with disk_errors(f"--out {self.path}"), open(self.part, "ab"):
                 pass
         for row in (row for path in files for row in whole_lines(path)[0]):
-            problem = self.rows.get(row.get("id")) if isinstance(row, dict) else None
-            if problem is None or row | problem != row:
+            known = isinstance(row, dict) and isinstance(row.get("id"), (str, int)) and self.rows.get(row["id"])
+            if not known or (row | known) != row:
                 raise InputError(f"--out {self.path}: exists, with other or more problems; choose another or delete it")
             done[row["id"]] = row
         return done
@@ -266,5 +292,4 @@ class Output:
         write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         for part in self.parts():
             part.unlink()
-        unlock(self.path)
         return rows

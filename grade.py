@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from files import InputError, command_line, read_jsonl
 
-RULES = 2  # the version of all that follows: grades that another one gave are not used again
+RULES = 2  # the version of all that follows: grades of another one are not used again
 
 # ------------------------------------------------------------------------------------------------
 # From a text to its answer
@@ -38,8 +38,7 @@ RULES = 2  # the version of all that follows: grades that another one gave are n
 def strip_thinking(text, prompt=""):
     """The part of a completion that is meant for the reader: without <think>...</think>.
 
-    Some templates open the thought themselves, at the end of `prompt`. A thought that was cut off
-    before </think> takes all that follows with it.
+    Some templates open the thought themselves, at the end of `prompt`. One cut off takes all that follows along.
     """
     if prompt.rstrip().endswith("<think>"):
         text = "<think>" + text
@@ -58,8 +57,7 @@ JOINT = re.compile(  # between the boxes of one list: `\boxed{2}$, or $x = \boxe
 def extract_answer(text):
     r"""The content of the last \boxed{...} of a text, or None; boxes that are joined to it come before it.
 
-    A last box that is not closed (cut off by the length limit) is no answer: an earlier box held
-    some intermediate result, and taking it would turn accidents into answers.
+    A last box that is cut off is no answer: an earlier box held some intermediate result.
     """
     contents, follower = [], len(text)
     for box in reversed(list(re.finditer(r"\\f?box(?:ed)?(?![a-zA-Z])\s*", text))):
@@ -82,7 +80,7 @@ def extract_answer(text):
 
 def gold_answer(value):
     """The right answer of a problem as a text, or None where it is missing: null, NaN or empty."""
-    return None if str(value).strip().lower() in ("none", "nan", "") else str(value)
+    return None if value is None or str(value).strip().lower() in ("nan", "") else str(value)
 
 
 def answer_of(completion, prompt=""):
@@ -212,7 +210,6 @@ AFTER_WORDS = (
     (r"^(?:[\s=:,;]|\\(?:approx|therefore)(?![a-z]))+|(?:[\s.,;:?=]|\\\\)+$", ""),
 )  # fmt: skip
 ANGLE = re.compile(r"(\d+(?:\.\d+)?|\\frac\{[^{}]*\}\{[^{}]*\}|\([^()]*\))\s*\\text\{degree\}")
-
 # Units with a sure factor: dimension, then names of a unit and its size.
 UNITS = {name: (dimension, Fraction(size)) for dimension, units in {
     "length": "mm millimeter millimetre 1/1000, cm centimeter centimetre 厘米 1/100, dm 1/10, m meter metre 米 1, "
@@ -244,8 +241,8 @@ def word(name):
 def mark_words(text):
     r"""Each word becomes \text{word}; letters of products (2ab), of points (AB) and of choices (C) stay.
 
-    In \text{...} all is words but capitals. Elsewhere words are the known ones, units after a number,
-    and what has four letters or more. Words that say nothing about the answer (the, is) go.
+    In \text{...} all is words but capitals; elsewhere the known ones, units after a number, and what has four
+    letters or more. Words that say nothing about the answer (the, is) go.
     """
 
     def in_text(before, match):
@@ -345,8 +342,7 @@ COMMA = r"(?:[,;]|\\text\{(?:and|or)\}|\\\\)(?:\s*\\text\{(?:and|or)\})?"
 def items(text):
     r"""A list -> (its brackets, its parts), a matrix -> (its shape, its cells); all else is one part in no brackets.
 
-    \{1, 2\} is a set, whose brackets are "{". Lists without brackets have "", and 1 \pm 2 is one of them.
-    """
+    \{1, 2\} is a set, whose brackets are "{". Lists without brackets have "", and 1 \pm 2 is one of them."""
     kind, matrix = "", re.fullmatch(r"\\begin\{([pb]?)matrix\}(.*?)(?:\\\\\s*)*\\end\{\1matrix\}", text)
     if matrix:
         rows = [split(row, "&") for row in split(matrix[2], r"\\\\")]
@@ -587,7 +583,34 @@ MISREAD = (  # these are names here, not numbers, functions and derivatives
 )  # fmt: skip
 
 
-def algebra():
+def is_zero(constant):
+    """Rational numbers are zero exactly; others if 600 digits, beyond those that cancel, show nothing else."""
+    import sympy  # slow to import, and needed in the processes alone, here and below
+
+    constant = constant.doit()
+    if constant.is_Rational or constant.has(sympy.nan, sympy.zoo, sympy.oo):
+        return constant == 0
+    try:
+        return constant.evalf(5, maxn=600, strict=True) == 0
+    except sympy.core.evalf.PrecisionExhausted:
+        return True
+
+
+def same_expressions(x, y):
+    """Constants exactly; with unknowns, by their values at three rational points, one of them negative."""
+    import sympy
+
+    difference, pointless = x - y, (sympy.Derivative, sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit)
+    if difference.free_symbols and difference.has(*pointless):
+        return None
+    at = {s: 1 + sympy.Rational(zlib.crc32(s.name.encode()), 2**32) for s in difference.free_symbols}
+    for sign in (2, 3, -2) if at else (1,):
+        if not is_zero(difference.subs({symbol: sign * value for symbol, value in at.items()})):
+            return False
+    return True
+
+
+def load_algebra():
     """sympy's and math-verify's part, imported only where it runs -> a function that says if two texts are equal."""
     import sympy
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
@@ -598,7 +621,6 @@ def algebra():
 
     plain = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
     with_case = ConversionConfig(lowercase_symbols=False)
-    pointless = (sympy.Derivative, sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit)
 
     @functools.lru_cache(4096)
     def read(text):
@@ -617,27 +639,6 @@ def algebra():
             exact |= {x: sympy.I for x in found.free_symbols if x.name == "i"}
             found = found.xreplace(exact)
         return found
-
-    def is_zero(constant):
-        """Rational numbers are zero exactly; others if 600 digits, beyond those that cancel, show nothing else."""
-        constant = constant.doit()
-        if constant.is_Rational or constant.has(sympy.nan, sympy.zoo, sympy.oo):
-            return constant == 0
-        try:
-            return constant.evalf(5, maxn=600, strict=True) == 0
-        except sympy.core.evalf.PrecisionExhausted:
-            return True
-
-    def same_expressions(x, y):
-        """Constants exactly; with unknowns, by their values at three rational points, one of them negative."""
-        difference = x - y
-        if difference.free_symbols and difference.has(*pointless):
-            return None
-        at = {s: 1 + sympy.Rational(zlib.crc32(s.name.encode()), 2**32) for s in difference.free_symbols}
-        for sign in (2, 3, -2) if at else (1,):
-            if not is_zero(difference.subs({symbol: sign * value for symbol, value in at.items()})):
-                return False
-        return True
 
     def equal(a, b):
         try:
@@ -664,12 +665,13 @@ def algebra():
 class Grader:
     """Says whether two answers mean the same: by their form where that decides it, else by algebra.
 
-    Algebra runs in processes of its own, one a core, which the system kills after `limit` seconds, since
-    `10^{10^{10}}` keeps it busy for ever. Such an answer is not equal; `stuck` holds these pairs. `cache` is
-    a file that each grade is added to as it comes.
+    Algebra runs in processes, one a core, which the system kills after `limit` seconds: `10^{10^{10}}` has no
+    end. Such an answer is not equal; `stuck` holds the pair. `cache` is a file that each grade is added to.
     """
 
     def __init__(self, limit=5.0, cache=None):
+        if not 0 < limit <= 86400:
+            raise InputError(f"--time-limit {limit:g}: must be above 0 seconds, and a day at most")
         self.limit, self.known, self.stuck, self.workers, self.file = limit, {}, set(), [], None
         if cache is not None:
             self.open(Path(cache))
@@ -765,11 +767,10 @@ def work(limit):
     except (ValueError, OSError):
         pass
     replies, sys.stdout = sys.stdout, sys.stderr  # nothing else that is printed may look like a reply
-    equal = algebra()
+    equal = load_algebra()
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        # Nobody handles this alarm, so the system ends the process, C code and all. math-verify's own
-        # limit is a Python handler, which C code never comes back to run.
+        # Nobody handles this alarm, so the system ends the process, also in C code, where no handler runs.
         signal.setitimer(signal.ITIMER_REAL, limit)
         grade = by_form(*json.loads(line), equal)
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -783,9 +784,9 @@ def main():
     parser.add_argument("file", help='JSONL with "gold", and "text" or "answer", in each line')
     parser.add_argument("--time-limit", type=float, default=5.0, help="seconds that algebra may take for an answer")
     args = parser.parse_args()
-    if not 0 < args.time_limit < float("inf"):
-        raise InputError(f"--time-limit {args.time_limit}: must be a number of seconds above 0")
-    pairs = [(row["gold"], row.get("answer") or answer_of(row)) for row in read_jsonl(args.file, keys=("gold",))]
+    rows = read_jsonl(args.file, keys=("gold",))
+    answers = [extract_answer(strip_thinking(str(row.get("text")))) for row in rows]
+    pairs = [(row["gold"], row.get("answer", answer)) for row, answer in zip(rows, answers)]
     grader = Grader(args.time_limit)
     grader.grade((gold, answer) for gold, answer in pairs if None not in (gold, answer))
     grades = [grader.equal(*pair) for pair in pairs]

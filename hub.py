@@ -1,4 +1,4 @@
-"""What --model, --data and --device stand for: short names, downloads from the hub, devices.
+"""What --model, --data and --device stand for: short names, downloads from the hub, devices, versions.
 
 `find_model` turns what --model says into a folder, `pick_device` what --device and --dtype say into torch's
 own. `BENCHMARKS` and `hub_file` are what sample.py finds problems by. What is in the hub's cache on this
@@ -11,9 +11,14 @@ import hashlib
 import json
 import os
 import platform
+from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
+import numpy
+import tokenizers
 import torch
+import torch.distributed as dist
 
 from files import InputError
 from model import TOKENIZER_FILES, checkpoint_tensors
@@ -72,7 +77,7 @@ def hub_errors(repo, kind, what):
     except errors.GatedRepoError:
         raise InputError(f"{repo}: accept this {kind}'s terms on its page on the hub, then run `hf auth login`")
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise InputError(f"{repo}: no such {kind} on the hub and no such folder here; check the spelling")
+        raise InputError(f"{repo}: no such {kind} on the hub, and no such file or folder here; check the spelling")
     # No connection, a time-out, an HTTP error, a full disk; ValueError: an answer that is not the hub's.
     except (errors.HTTPError, OSError, RuntimeError, ValueError) as e:
         # A cache that lacks files (the error has a snapshot_path) names them; else the cause says more.
@@ -99,7 +104,7 @@ def hub_file(repo, name):
     return None
 
 
-def find_model(name):
+def find_model(name, flag="--model"):
     """A folder, a short name or a hub id -> the folder with the files, downloaded if need be."""
     where = ALIASES[name][0] if name in ALIASES else name
     folder = Path(where)
@@ -107,19 +112,21 @@ def find_model(name):
         if where.count("/") != 1 or where.startswith((".", "/", "~")):
             near = difflib.get_close_matches(name, ALIASES, n=3, cutoff=0.4)
             hint = f"did you mean {' or '.join(near)}?" if near else f"short names: {', '.join(ALIASES)}"
-            raise InputError(f"--model {name}: no such folder, hub id or short name; {hint}")
+            raise InputError(f"{flag} {name}: no such folder, hub id or short name; {hint}")
         from huggingface_hub import snapshot_download  # slow to import
 
         with hub_errors(where, "model", "the model"):
             files = ["config.json", "adapter_config.json", *TOKENIZER_FILES, *WEIGHT_FILES]
             folder = Path(snapshot_download(where, allow_patterns=files))
-    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():  # load() names that
+    # What an adapter is, model.load says.
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise InputError(f"{where}: no config.json, so this is not a model folder")
     return folder
 
 
 # ------------------------------------------------------------------------------------------------
 # Devices and weights
+
 
 def pick_device(device, dtype):
     """The flags --device and --dtype -> (torch.device, torch.dtype); "auto" is CUDA and bfloat16 if there is a GPU."""
@@ -136,6 +143,27 @@ def pick_device(device, dtype):
     if dtype == "auto":
         dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     return torch.device(device), getattr(torch, dtype)
+
+
+def processes(device, name):
+    """Join the processes that torchrun started -> (rank, their number, add, wait); without it, of this one alone.
+
+    add(key, n) adds n to a count that all of them share, and returns it; wait() returns when all have come to it.
+    """
+    if "RANK" not in os.environ:
+        counts = Counter()
+
+        def add(key, n):
+            counts[key] += n
+            return counts[key]
+
+        return 0, 1, add, lambda: None
+    store, rank, world = next(dist.rendezvous("env://"))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # One process may have much more to do than another: who is done waits, for days if need be.
+    store = dist.PrefixStore(name, store)  # train.py joins them several times, each time afresh
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(days=30))
+    return rank, world, store.add, dist.barrier
 
 
 def pack(model):
@@ -168,8 +196,5 @@ def fingerprint(model, dtype=None):
 
 
 def versions():
-    import numpy
-    import tokenizers
-
     found = {"python": platform.python_version(), "torch": torch.__version__}
     return {**found, "tokenizers": tokenizers.__version__, "numpy": numpy.__version__}

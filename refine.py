@@ -9,6 +9,7 @@ them wrong. The candidates come from sample.py, of this model or another. Read `
 notes, then `order_and_cut`, then `main`.
 """
 
+import files  # isort: skip  first, so that Ctrl-C while torch is imported is one line
 import argparse
 
 import numpy as np
@@ -86,7 +87,7 @@ def order_and_cut(row, order, tokenizer, room):
 def refinement_prompt(row, order, tokenizer, context, reserve):
     """A row of the candidates file -> (prompt text, token ids, order), of at most context - reserve tokens.
 
-    The order returned lacks the candidates that are empty. InputError when nothing of the candidates would fit.
+    The order returned lacks the candidates that are empty. InputError where less than 16 tokens a candidate would fit.
     """
     empty = len(tokenizer.encode_chat(refinement_message(row["problem"], [""] * len(row["candidates"])))[1])
     room = context - reserve - empty
@@ -132,6 +133,7 @@ def main(argv=None):
         raise InputError(f"--candidates {args.candidates}: a refined file; say with --out where its new refinements go")
     out = args.out or f"{stem}.refined.jsonl"
 
+    files.claim(out)
     rows = read_candidates(args.candidates)[: args.limit]
     for row in rows:
         row.pop("refinements", None)  # of an earlier run, where this is a refined file
@@ -142,7 +144,10 @@ def main(argv=None):
     for row in rows:
         # Shuffled: models prefer some places in a list, and training on one order would teach that place.
         orders = [shuffled(row, (args.seed, str(row["id"]), "order", j)) for j in range(args.k)]
-        found = [refinement_prompt(row, order, sampler.tokenizer, context, reserve) for order in orders]
+        try:
+            found = [refinement_prompt(row, order, sampler.tokenizer, context, reserve) for order in orders]
+        except InputError as e:
+            raise InputError(f"--candidates {args.candidates}, {e}")
         prompts.append([{"order": order, "prompt": text, "n_prompt_tokens": len(ids)} for text, ids, order in found])
         keys = [(args.seed, str(row["id"]), "refine", j) for j in range(args.k)]
         requests.append([(ids, [key]) for (_, ids, _), key in zip(found, keys)])
@@ -151,8 +156,8 @@ def main(argv=None):
         refined = [as_json(completion, sampler.tokenizer) for [completion] in answers]
         return {**rows[i], "refinements": [{**item, **shown} for item, shown in zip(refined, prompts[i])]}
 
-    source = meta_path(args.candidates)
-    by = read_json(source).get("weights") if source.exists() else None
+    source = read_json(meta_path(args.candidates)) if meta_path(args.candidates).exists() else {}
+    by = source.get("candidates_by") or source.get("weights")  # a refined file names who made its candidates
     parameters = sum(weight.numel() for weight in sampler.model.parameters())
     record = {"data": args.candidates, "candidates_by": by, "parameters": parameters}
     write_rows(args, out, rows, requests, finish, sampler, {"k": args.k}, record)

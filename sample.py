@@ -5,22 +5,19 @@
     python sample.py --model path/to/folder --data problems.jsonl --limit 20 --n 4 --out candidates.jsonl
 
 The first stage of parallel self-refinement: N independent samples of the same prompt. Read
-`SOLVE_PROMPT`, `load_problems`, `write_rows` and `main`; behind them stand flags and names of models.
+`SOLVE_PROMPT`, `load_problems`, `write_rows` and `main`; names of models and benchmarks are in hub.py.
 
 --data is a JSONL or parquet file with `problem` (or `question`), `answer` and, if you like, `id`, or the
 name of a benchmark. Sampling defaults come from the model's generation_config.json; flags override them;
-what was used stands in the .meta.json beside the output, with versions, token counts and seconds. A
-generation config's repetition_penalty is left out: it punishes a model for repeating the numbers of its
-problem, and, in refinement, for copying what the candidates got right.
+what was used stands in the .meta.json beside the output. A generation config's repetition_penalty is left
+out: it punishes a model for repeating the numbers of its problem or what the candidates got right.
 """
 
+import files  # isort: skip  first, so that Ctrl-C while torch is imported is one line
 import argparse
 import dataclasses
 import math
-import os
 import time
-from collections import Counter
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +27,7 @@ from tqdm import tqdm
 
 from files import InputError, Output, as_written, check_id, command_line, meta_path, read_json, read_jsonl, write_json
 from grade import extract_answer, gold_answer
-from hub import BENCHMARKS, find_model, fingerprint, hub_file, pack, pick_device, versions
+from hub import BENCHMARKS, find_model, fingerprint, hub_file, pack, pick_device, processes, versions
 from model import SamplingParams, Stats, load, stream
 
 # The wording that Qwen2.5-Math made common; any instruction-tuned model follows it.
@@ -60,7 +57,7 @@ def read_table(data):
 
     try:
         return path, pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as e:
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as e:
         raise InputError(f"{path}: cannot be read as parquet ({str(e).splitlines()[0]})")
 
 
@@ -72,24 +69,28 @@ def load_problems(data, limit=None):
     for what would fail only when the output is written: no text, ids that collide, values that JSON does not have.
     """
     path, rows = read_table(data)
+    if not rows:
+        raise InputError(f"{path}: no rows in it")
     problems, seen, name = [], {}, data if data in BENCHMARKS else path.stem
     for number, row in enumerate(rows[:limit]):
         where = f"{path}, row {number + 1}"
         if isinstance(row.get("candidates"), list):  # a file that sample.py or refine.py wrote
             row = {key: value for key, value in row.items() if key not in OURS}
-        text = row.pop("question", None) if row.get("problem") is None else row.get("problem")
-        row.pop("problem", None)
-        if not isinstance(text, str):
+        text = row.get("question") if row.get("problem") is None else row["problem"]
+        if not isinstance(text, str) or not text.strip():
             raise InputError(f"{where}: no text under 'problem' or 'question', only {', '.join(row)}")
+        row = {key: value for key, value in row.items() if value is not text and key != "problem"}
         if taken := [key for key in OURS if key in row]:
             raise InputError(f"{where}: {taken[0]!r} is what the output calls something else; rename this column")
-        answer = row.pop("answer", None)
+        unknown, answer = "answer" in row, row.pop("answer", None)  # null says that nobody knows
         answer = row.pop("final_answer", None) if answer is None else answer
         if isinstance(answer, list):
             answer = ", ".join(map(str, answer))
         if isinstance(answer, str) and "\n#### " in answer:
             answer = answer.rpartition("\n#### ")[2]
-        if answer is None and isinstance(row.get("solution"), str):
+        if isinstance(answer, (bytes, dict)):
+            raise InputError(f"{where}: its answer is not a text but {str(answer)[:40]!r}")
+        if answer is None and not unknown and isinstance(row.get("solution"), str):
             answer = extract_answer(row["solution"])
             if answer is None:
                 raise InputError(f"{where}: no 'answer', and no \\boxed{{}} in its 'solution'; give an answer, or null")
@@ -118,25 +119,11 @@ def load_sampler(args):
     return Sampler(model, tokenizer, sampling_params(args, tokenizer.generation_config))
 
 
-def processes(device, name):
-    """Join the processes that torchrun started -> (rank, their number, add, wait); without it, of this one alone.
-
-    add(key, n) adds n to a count that all of them share, and returns it; wait() returns when all have come to it.
-    """
-    if "RANK" not in os.environ:
-        counts = Counter()
-        return 0, 1, lambda key, n: (counts.update({key: n}), counts[key])[1], lambda: None
-    store, rank, world = next(dist.rendezvous("env://"))
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    # One process may have much more to do than another: who is done waits, for days if need be.
-    store = dist.PrefixStore(name, store)  # train.py joins them several times, each time afresh
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(days=30))
-    return rank, world, store.add, dist.barrier
-
-
 class Progress:
-    """A bar over the tokens of all processes: those of the prompts, and of the samples, which are expected to be as
-    long as those that have ended. `add` sums over the processes; each tells it its own numbers once a second."""
+    """A bar over the tokens of all processes: of prompts, and of samples, expected as long as those that have ended.
+
+    `add` sums over the processes: finished samples at once, token counts once a second.
+    """
 
     def __init__(self, name, to_read, to_sample, longest, add, disable):
         self.to_read, self.to_sample, self.add, self.told, self.told_at = to_read, to_sample, add, Stats(), 0.0
@@ -159,17 +146,17 @@ class Progress:
         return True
 
 
-def sample_rows(args, sampler, requests, numbers, finish, step):
-    """Sample requests[i] for each i in `numbers`; step(stats, samples, rows, last) gets what a pass has finished."""
+def sample_rows(args, sampler, requests, indices, finish, step):
+    """Sample requests[i] for each i in `indices`; step(stats, samples, rows, last) gets what a pass has finished."""
     model, tokenizer, params = sampler
     place, prompts, keys, answers = [], [], [], {}  # place: of each request, its row and which of its requests
-    for i in numbers:
+    for i in indices:
         answers[i] = [[None] * len(its_keys) for _, its_keys in requests[i]]
         for number, (ids, its_keys) in enumerate(requests[i]):
             place.append((i, number))
             prompts.append(ids)
             keys.append(its_keys)
-    left, stats = {i: sum(map(len, answers[i])) for i in numbers}, Stats()
+    left, stats = {i: sum(map(len, answers[i])) for i in indices}, Stats()
     memory = None if args.memory is None else int(args.memory * 2**30)
     options = {"batch_size": args.batch_size, "memory": memory, "graphs": args.graphs, "stats": stats}
     for finished in stream(model, prompts, keys, params, tokenizer.stop_ids, **options) if prompts else ():
@@ -236,6 +223,8 @@ def write_rows(args, out, rows, requests, finish, sampler, made_by, record):
         read = add("read", 0) + before.get("tokens", {}).get("prompt_read", 0)
         completions = (c for row in output.finish() for c in row.get("refinements", row["candidates"]))
         write_meta(complete=True, prompt_read=read, generated=sum(c["n_tokens"] for c in completions))
+    if rank == 0:
+        files.unlock(out)
     if dist.is_initialized():
         wait()
         dist.destroy_process_group()
@@ -248,11 +237,7 @@ def as_json(completion, tokenizer):
     return {"text": text, **numbers, "finish_reason": completion.finish_reason}
 
 
-# ------------------------------------------------------------------------------------------------
-# Sampling flags, shared with refine.py
-
-
-def add_sampling_flags(parser):
+def add_sampling_flags(parser):  # and those of refine.py
     group = parser.add_argument_group("sampling (defaults: the model's generation_config.json)")
     group.add_argument("--temperature", type=float, help="0 is greedy")
     group.add_argument("--top-p", type=float, help="keep the likeliest tokens that sum to this probability")
@@ -290,7 +275,8 @@ def sampling_params(args, defaults):
     checks |= {"top_p": 0 < params.top_p <= 1, "top_k": params.top_k >= 0, "min_p": 0 <= params.min_p <= 1}
     for name, good in {**checks, "max_new_tokens": params.max_new_tokens >= 1}.items():
         if not good:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(params, name)}: out of range")
+            where = "generation_config.json: " if getattr(args, name) is None else ""
+            raise InputError(f"{where}--{name.replace('_', '-')} {getattr(params, name)}: out of range")
     return params
 
 
@@ -307,8 +293,9 @@ def main(argv=None):
     add_sampling_flags(parser)
     args = parser.parse_args(argv)
     check_flags(args, "n", "limit", "batch_size")
-    out = args.out or f"runs/{Path(args.model).name}/{Path(args.data).stem}.candidates.jsonl"
+    out = args.out or f"runs/{Path(args.model).resolve().name}/{Path(args.data).stem}.candidates.jsonl"
 
+    files.claim(out)
     problems = load_problems(args.data, args.limit)
     sampler = load_sampler(args)
     context, prompts, requests = sampler.model.config.context, [], []

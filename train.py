@@ -31,6 +31,7 @@ run that was killed and started again goes on from its newest checkpoint, to the
 Left out: dropout, LoRA, tensor and pipeline parallelism, and packs that all have the same length.
 """
 
+import files  # isort: skip  first, so that Ctrl-C while torch is imported is one line
 import argparse
 import contextlib
 import functools
@@ -40,6 +41,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -60,18 +62,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-import files
 import refine
 import sample
-from files import InputError, check_same, command_line, disk_errors, meta_path, read_json, write_json
+from files import FIRST, InputError, check_same, command_line, disk_errors, meta_path, read_json, write_json
 from grade import Grader, answer_of, gold_answer
-from hub import ALIASES, find_model, fingerprint, pick_device, versions
+from hub import ALIASES, find_model, fingerprint, pick_device, processes, versions
 from model import Config, Tokenizer, attend_causal, load, save, uniforms, use_varlen, varlen_attn
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # in a checkpoint of one process
-FIRST = os.environ.get("RANK", "0") == "0"  # is this the first process that torchrun started, or the only one?
-TASKS = ("solve", "refine")
-KINDS = ("all wrong", "mixed", "all right")  # what the candidates of a refine row are
+TASKS, KINDS = ("solve", "refine"), ("all wrong", "mixed", "all right")  # KINDS: of a refine row's candidates
 RECORD = {"step": int, "tokens": int, "seconds": float}  # what a checkpoint says of the run so far
 # bfloat16 matrix products, FLOP/s, as the makers state them (without sparsity), by a word in the device's name
 PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12}
@@ -80,7 +79,7 @@ CHUNK = 2**25  # logits at a time in the loss: 128 MiB
 ORDINALS = "first|second|third|fourth|fifth|sixth|seventh|eighth|last"
 BEFORE, AFTER = rf"\b({ORDINALS}) (two |three )?", rf"s?\W{{1,4}}(\d|(one|two|three|four|{ORDINALS})\b)"
 NAMED = re.compile(rf"\b(candidate|solution){AFTER}|{BEFORE}(candidate|solution)", re.IGNORECASE)
-Process = namedtuple("Process", "device dtype rank world")  # what it computes on and in; which it is, of how many
+Process = namedtuple("Process", "device dtype rank world")  # its device and number type; its rank, of `world`
 SETTINGS = ("weight", "lr", "epochs", "steps", "batch_size", "max_length", "shown", "seed")  # flags that fix a result
 # Why a completion is not learned from; "ungraded": its problem has no right answer to compare with.
 REASONS = ("excluded", "ungraded", "cut off", "no answer", "wrong", "duplicate", "too long", "unbalanced")
@@ -115,7 +114,7 @@ def data_files(args):
     )
     for stage, flags in stages:
         if FIRST:
-            print(f"python {Path(stage.__file__).name} {' '.join(flags)}", flush=True)
+            print(f"python {Path(stage.__file__).name} {shlex.join(flags)}", flush=True)
         if not args.dry_run:
             stage.main(flags)
     if Path(solutions).exists() and Path(refinements).exists():
@@ -657,7 +656,7 @@ def read_flags(argv):
     add("--teacher", help="the larger model that shows how (default: in hub.py's table)")
     add("--data", help="training problems, as in sample.py (default: in hub.py's table)")
     add("--limit", type=int, help="only the first so many problems")
-    add("--n", type=int, default=4, help="candidates a problem (default: 4)")
+    add("-n", "--n", type=int, default=4, help="candidates a problem (default: 4)")
     add("--max-new-tokens", type=int, help="of the data that are made (default: as in sample.py)")
     add("--solve", metavar="FILE", help="candidates file whose right solutions to learn from")
     add("--refine", metavar="FILE", help="refined file whose right refinements to learn from")
@@ -728,7 +727,7 @@ def main(argv=None):
     args.max_length = args.max_length or min(4096, config.context)
     tokenizer, overlaps = Tokenizer(source, config), overlap_test(args.exclude)
     if not (args.solve or args.refine or args.dry_run):
-        find_model(args.teacher)  # it has to be there before the student samples for hours
+        find_model(args.teacher, "--teacher")  # it has to be there before the student samples for hours
     try:
         if not args.dry_run:
             if FIRST:
@@ -755,7 +754,7 @@ def run(args, paths, config, tokenizer, overlaps, device):
             advice = f"refine this one's, or delete {meta_path(paths[1])} to learn from them all the same"
             other = f"refines candidates of another model ({by}) than {args.model} ({known[0]})"
             raise InputError(f"--refine {paths[1]}: {other}; {advice}")
-    rank, world, _, _ = sample.processes(device, f"train {out}")
+    rank, world, _, _ = processes(device, f"train {out}")
     # One process reads and grades: two that grade by themselves might not agree on a slow answer.
     box = [read_rows(paths, examples, tokenizer, overlaps, args)] if rank == 0 else [None]
     if world > 1:

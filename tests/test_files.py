@@ -40,6 +40,7 @@ def test_output_goes_on_where_it_was(name, tmp_path):
     again.append([done(ROWS[0])])
     again.append([done(ROWS[2])])
     assert again.finish() == list(map(done, ROWS)) == read_jsonl(path)
+    files.unlock(path)
     assert sorted(p.name for p in tmp_path.iterdir() if name in p.name) == [name]
     assert (tmp_path / "run1.candidates.jsonl.part0").exists()
 
@@ -78,6 +79,10 @@ def test_one_command_at_a_time(tmp_path):
         files.lock(path)
     holder.kill()
     holder.wait()
+    with pytest.raises(InputError, match="mine.jsonl.lock is in the way"):
+        (tmp_path / "mine.jsonl.lock").write_text("a lock of another program")
+        files.lock(tmp_path / "mine.jsonl")
+    assert (tmp_path / "mine.jsonl.lock").read_text() == "a lock of another program"
     files.lock(path)
     files.lock(path)  # by the same process: a stage that another stage runs
     files.unlock(path)
@@ -153,6 +158,15 @@ def test_signals_end_with_a_word(signal, code, tmp_path):
     time.sleep(0.1)
     subprocess.run(["kill", f"-{signal}", str(process.pid)], check=True)
     assert "goes on from here" in process.communicate()[1] and process.returncode == code
+
+
+def test_ctrl_c_while_torch_is_imported():
+    """Guards against: a traceback from the middle of an import, since main() has not been reached yet."""
+    process = subprocess.Popen([sys.executable, ROOT / "sample.py", "--limit", "1"], stderr=subprocess.PIPE, text=True)
+    time.sleep(0.6)
+    process.send_signal(2)
+    printed = process.communicate()[1]
+    assert "Traceback" not in printed and "goes on from here" in printed and process.returncode in (-2, 130)
 
 
 def test_readers_that_have_seen_enough():

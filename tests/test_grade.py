@@ -441,7 +441,7 @@ PAIRS = [(kind, *re.split(" ([!=]=) ", line)) for kind, text in KINDS.items() fo
 
 @pytest.fixture(scope="module")
 def algebra():
-    return g.algebra()
+    return g.load_algebra()
 
 
 @pytest.mark.parametrize(("kind", "gold", "sign", "answer"), PAIRS)

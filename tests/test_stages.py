@@ -17,7 +17,7 @@ import evaluate
 import model as m
 import refine
 import sample
-from files import InputError, read_json, read_jsonl
+from files import InputError, meta_path, read_json, read_jsonl
 
 
 def run(script, *flags, code=0, **environment):
@@ -155,6 +155,7 @@ def test_killed_process_goes_on(random_model, tmp_path):
     assert "are there already" in run("sample.py", *command)
     assert without_last_digits(tmp_path / "out.jsonl") == without_last_digits(tmp_path / "whole.jsonl")
     assert "complete already" in run("sample.py", *command)
+    assert not list(tmp_path.glob("*.lock"))  # also where there was nothing to do
 
 
 def test_ranks_share_the_work_and_write_the_same_file(candidates, random_model, tmp_path):
@@ -299,6 +300,11 @@ def test_problems_from_parquet(tmp_path):
     assert load(solution=["so \\boxed{5}"], pairs=pairs)[0] | {"solution": ""} == {
         "id": "set-0", "problem": "a", "answer": "5", "solution": "", "pairs": [["x", 1]]
     }  # fmt: skip
+    with pytest.raises(InputError, match="row 1: its answer is not a text but"):
+        load(answer=[b"5"])
+    with pytest.raises(InputError, match="no rows in it"):
+        pyarrow.parquet.write_table(pa.table({"problem": pa.array([], pa.string())}), tmp_path / "set.parquet")
+        sample.load_problems(str(tmp_path / "set.parquet"))
     for value in (b"x", datetime.date(2024, 1, 1)):
         with pytest.raises(InputError, match="set.parquet, row 1: 'extra' cannot be written as JSON"):
             load(extra=[value])
@@ -320,6 +326,8 @@ def test_outputs_as_inputs(candidates, random_model, tmp_path):
         refine.main(more)
     refine.main([*more, "--out", str(tmp_path / "r2.jsonl"), "-k", "2"])
     rows = read_jsonl(tmp_path / "r2.jsonl")
+    metas = [read_json(tmp_path / f"{name}.meta.json") for name in ("r.refined", "r2")]
+    assert metas[0]["candidates_by"] == metas[1]["candidates_by"] == read_json(meta_path(candidates))["weights"]
     assert [len(row["refinements"]) for row in rows] == [2, 2] and rows[0]["candidates"] == first[0]["candidates"]
 
 
