@@ -26,6 +26,9 @@ The life of a token, in `stream`:
     finish     at a stop token or at its limit a sequence leaves, and its pages are free again
     preempt    without a free page, the youngest gives its own up; what it drew joins its prefix
 
+On CUDA, in half precision, flash attention reads the pages where they lie, and bursts of decode
+steps replay a graph; elsewhere pages are gathered first: slower, plain, and right as well.
+
 Letters in the shape comments:
     B rows or sequences   T tokens of a pass   S positions   V vocabulary   L layers   C model width
     H query heads   K key/value heads   D head size   F width of the MLP   W pages of a sequence
@@ -345,9 +348,8 @@ def load(folder, device="cpu", dtype=torch.float32):
 def save(model, folder, source, card=None, shard_bytes=5 * 10**9):
     """Write a Hugging Face folder: the weights as they are, the rest copied from folder `source`.
 
-    Weights of more than `shard_bytes` go to several files; `card` becomes README.md. Of a model
-    that is sharded over processes all have to call this, and the first one writes: to a sibling
-    folder, which is renamed at the end, so that `folder` is never half written.
+    Weights of more than `shard_bytes` go to several files; `card` becomes README.md. All processes
+    of a sharded model call this, and the first writes: to a sibling folder, renamed at the end.
     """
     from huggingface_hub import save_torch_state_dict  # slow to import
     folder, partial, state = Path(folder), Path(f"{folder}.partial"), {}
@@ -415,7 +417,7 @@ class Tokenizer:
         for key in defaults.keys() & {"temperature", "top_p", "min_p", "top_k", "max_new_tokens"}:
             most, whole = 1 if key.endswith("_p") else 1e12, key in ("top_k", "max_new_tokens")
             defaults[key] = setting(f"{folder}/generation_config.json", defaults, key, None, 0, most, whole)
-        names = ("bos_token", "eos_token", "unk_token", "pad_token")  # each a string or {"content": string}
+        names = [f"{word}_token" for word in ("bos", "eos", "unk", "pad")]  # of strings or {"content": string}
         words = {name: settings.get(name) or special.get(name) or "" for name in names}
         self.template_words = {n: str(w.get("content", "") if isinstance(w, dict) else w) for n, w in words.items()}
         # Generation stops at any of these ids; the tokenizer's eos ends a trained completion.
@@ -462,8 +464,8 @@ class Tokenizer:
                 wrong = wrong or f"{type(e).__name__}: {e}"
             if text.strip() in prompt and 0 < len(prompt) < 2**24:  # some templates strip it
                 return prompt.replace("\ufdd0", ""), self.encode_marked(prompt)
-        why = wrong or f"{len(prompt)} characters that lack the message, or too many"
-        raise InputError(f"{self.folder}: the chat template gives no prompt ({why}); mend it, or use another model")
+        wrong = wrong or f"{len(prompt)} characters that lack the message, or too many"
+        raise InputError(f"{self.folder}: the chat template gives no prompt ({wrong}); mend it, or use another model")
 
     def encode_completion(self, text):
         """Token ids of what a model wrote (`<think>` is one, `<|im_end|>` text), and its end."""
@@ -993,8 +995,6 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
 
 def generate(model, prompts, keys, params, stop_ids, **options):
     """`stream` to its end -> a list (a prompt each) of lists (a key each) of `Completion`."""
-    results = [[None] * len(samples) for samples in keys]
-    for finished in stream(model, prompts, keys, params, stop_ids, **options):
-        for i, j, completion in finished:
-            results[i][j] = completion
-    return results
+    steps = stream(model, prompts, keys, params, stop_ids, **options)
+    found = {(i, j): completion for finished in steps for i, j, completion in finished}
+    return [[found[i, j] for j in range(len(own))] for i, own in enumerate(keys)]
