@@ -43,6 +43,9 @@ def command_line(main):
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+    finally:
+        for path in list(LOCKS):
+            unlock(str(path).removesuffix(".lock"))
 
 
 def stopped_early(kind, error, trace):

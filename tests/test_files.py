@@ -152,12 +152,14 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
 @pytest.mark.parametrize(("signal", "code"), [("TERM", 143), ("INT", 130)])
 def test_signals_end_with_a_word(signal, code, tmp_path):
     """Guards against: a process that ends in silence or with a traceback when it is asked to."""
-    program = "import files, time; files.command_line(lambda: (print('up', flush=True), time.sleep(60)))"
+    work = f"files.lock({str(tmp_path / 'out')!r}), print('up', flush=True), time.sleep(60)"
+    program = f"import files, time; files.command_line(lambda: ({work}))"
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=-1, stderr=-1, text=True)
     assert process.stdout.readline() == "up\n"
     time.sleep(0.1)
     subprocess.run(["kill", f"-{signal}", str(process.pid)], check=True)
     assert "goes on from here" in process.communicate()[1] and process.returncode == code
+    assert not list(tmp_path.iterdir())  # no lock is left
 
 
 def test_ctrl_c_while_torch_is_imported():
