@@ -97,7 +97,7 @@ SIGNS = r"""
 × \times · \cdot ⋅ \cdot ∙ \cdot • \cdot ÷ / ∕ / √ \sqrt ∛ \sqrt[3] ¢ \text{cent} “ " ” " ∞ \infty ≤ \leq ≥ \geq ⩽
 \leq ⩾ \geq ≠ \neq ≈ \approx ± \pm ∪ \cup ∩ \cap ∈ \in ∅ \emptyset ∠ \angle △ \triangle ° ^\circ º ^\circ ˚ ^\circ
 ℝ \mathbb{R} ℤ \mathbb{Z} ′ ' ’ ' 。 . 、 , … \ldots € \text{euro} £ \text{sterling} ¥ \text{yuan} 元 \text{yuan} ⟨
-\langle ⟩ \rangle ≅ \cong ∼ \sim − - ‐ - ‑ - – - — -""".split()
+\langle ⟩ \rangle ≅ \cong ∼ \sim − - ‐ - ‑ - ‒ - ― - – - — -""".split()
 SIGNS = {ord(sign): name.replace('"', "") + " " * name[-1].isalpha() for sign, name in zip(SIGNS[::2], SIGNS[1::2])}
 SIGNS |= {ord(sign): f"\\{name} " for sign, name in zip("αβγδεζηθκλμνξπρστφχψω", GREEK)}
 SIGNS |= dict.fromkeys([0xAD, 0x200B, 0x200C, 0x200D, 0x200E, 0x200F, 0x2060, 0xFEFF], "")  # no width
@@ -157,13 +157,12 @@ BEFORE_WORDS = (
     (rf"\\(?:mathbf|boldsymbol|bm|pmb|mathit|mathsf|mathtt|underline|emph|f?box(?:ed)?)\s*(?={GROUP}|\d)", ""),
     (r"(?<![\w)}*])(\*{1,3}|__|`)(?=\S)(.+?)(?<=\S)\1(?![\w({*])", r"\2"), (r"\\mathrm\s*\{([dei])\}", r"\1"),
     (r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|mathrm|mbox|hbox|operatorname\*?)\s*(?=\{)", r"\\text"),
-    (r"\\mathbb\s*\{?R\}?|\\text\{\s*all real numbers\s*\}", r"(-\\infty,\\infty)"), (r"\{,\}|,\\!\s*", ","),
+    (r"\\mathbb\s*\{?R\}?|\\text\{\s*all reals?(?: numbers)?\s*\}|\ball reals?(?: numbers)?\b", r"(-\\infty,\\infty)"), (r"\{,\}|,\\!\s*", ","),
     # 1{,}000 10\,000 10 000; 12^{\text{th}}; 0.\dot{1}\dot{2} 0.1\overline{6} 0.(3) 0.333...
     (r"(?<![\d.^_])\d{1,3}(?:(?:\\[,!;: ]|~|\s)\s*\d{3}(?!\d))+", lambda m: re.sub(r"\D", "", m[0])),
     (r"(?:(?<=\d)|(?<=\bn))\s*\^?\s*\{?\s*(?:\\text\s*\{)?\s*(?:st|nd|rd|th)(?![a-zA-Z])\s*\}{0,2}", " "),
-    (r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r"\\overline{\1\2\3}"),
+    (r"\.\.\.|\\c?dots(?![a-z])", r"\\ldots"), (r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r"\\overline{\1\2\3}"),
     (r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{?(\d+)\}?|\((\d+)\))", repeating),
-    (r"\.\.\.|\\[c]?dots(?![a-z])", r"\\ldots"),
     (r"(\d*)\.(\d*?)(?:(\d)\3{2,}|(\d{2,6}?)\4+)\s*\\ldots", repeating),
     # \$5 €5; 90^\circ C; 5\%; spaces
     (rf"\\\$\s*{NUMERAL}", r"\1\\text{dollar}"), (r"\\\$", r"\\text{dollar}"), (r"\$", " "),
@@ -519,7 +518,8 @@ def same(a, b, algebra=None):
     x, y = items(a), items(b)
     for text, (_, letters) in ((a, y), (b, x)):  # AC and A, C
         if re.fullmatch(r"[A-J]{2,}", text) and len(letters) > 1 and all(map(choice, letters)):
-            return list(text) == sorted(choice(letter)[0] for letter in letters)
+            found = [choice(letter)[0] for letter in letters]
+            return list(text) in (found, sorted(found))
     sizes = amount(a), amount(b)
     if all(sizes):
         return sizes[0][:2] == sizes[1][:2]
