@@ -153,11 +153,11 @@ BEFORE_WORDS = (
     # \left( \displaystyle \color{red}{5} \boldsymbol{5} \(5\) **5** \mathrm{d}x \textbf{5} all real numbers
     (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""), (r"(?<!\\)\\[()\[\]]", " "),
     (r"\\(?:(?:display|text|script)style|n?o?limits|bf|it|rm|boldmath|[lL]arge|LARGE|[hH]uge|small)(?![a-zA-Z])", ""),
-    (r"\\(?:textcolor|color|colorbox)(?:\[\w*\])?\s*\{[^{}]*\}", ""),
+    (r"\\(?:textcolor|color|colorbox)(?:\[\w*\])?\s*\{[^{}]*\}", ""), (r"\\mathrm\s*\{([dei])\}", r"\1"),
     (rf"\\(?:mathbf|boldsymbol|bm|pmb|mathit|mathsf|mathtt|underline|emph|f?box(?:ed)?)\s*(?={GROUP}|\d)", ""),
-    (r"(?<![\w)}*])(\*{1,3}|__|`)(?=\S)(.+?)(?<=\S)\1(?![\w({*])", r"\2"), (r"\\mathrm\s*\{([dei])\}", r"\1"),
+    (r"(?<![\w)}*])(\*{1,3}|__|`)(?=\S)(.+?)(?<=\S)\1(?![\w({*])", r"\2"), (r"\{,\}|,\\!\s*", ","),
     (r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|mathrm|mbox|hbox|operatorname\*?)\s*(?=\{)", r"\\text"),
-    (r"\\mathbb\s*\{?R\}?|\\text\{\s*all reals?(?: numbers)?\s*\}|\ball reals?(?: numbers)?\b", r"(-\\infty,\\infty)"), (r"\{,\}|,\\!\s*", ","),
+    (r"\\mathbb\s*\{?R\}?|\\text\{\s*all reals?(?: numbers)?\s*\}|\ball reals?(?: numbers)?\b", r"(-\\infty,\\infty)"),
     # 1{,}000 10\,000 10 000; 12^{\text{th}}; 0.\dot{1}\dot{2} 0.1\overline{6} 0.(3) 0.333...
     (r"(?<![\d.^_])\d{1,3}(?:(?:\\[,!;: ]|~|\s)\s*\d{3}(?!\d))+", lambda m: re.sub(r"\D", "", m[0])),
     (r"(?:(?<=\d)|(?<=\bn))\s*\^?\s*\{?\s*(?:\\text\s*\{)?\s*(?:st|nd|rd|th)(?![a-zA-Z])\s*\}{0,2}", " "),
