@@ -1,8 +1,10 @@
 """files.py: rows, outputs that can be stopped and go on, one command at a time; and which file imports which."""
 
 import ast
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -149,24 +151,31 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
     assert (tmp_path / "a.json").read_text() == "old"
 
 
-@pytest.mark.parametrize(("signal", "code"), [("TERM", 143), ("INT", 130)])
-def test_signals_end_with_a_word(signal, code, tmp_path):
+def start(arguments):
+    """A Python process that heeds SIGINT, which shells make background jobs ignore, and their children too."""
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True, preexec_fn=heed)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_end_with_a_word(number, code, tmp_path):
     """Guards against: a process that ends in silence or with a traceback when it is asked to."""
     work = f"files.lock({str(tmp_path / 'out')!r}), print('up', flush=True), time.sleep(60)"
     program = f"import files, time; files.command_line(lambda: ({work}))"
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=-1, stderr=-1, text=True)
+    process = start(["-c", program])
     assert process.stdout.readline() == "up\n"
     time.sleep(0.1)
-    subprocess.run(["kill", f"-{signal}", str(process.pid)], check=True)
+    process.send_signal(number)
     assert "goes on from here" in process.communicate()[1] and process.returncode == code
     assert not list(tmp_path.iterdir())  # no lock is left
 
 
 def test_ctrl_c_while_torch_is_imported():
     """Guards against: a traceback from the middle of an import, since main() has not been reached yet."""
-    process = subprocess.Popen([sys.executable, ROOT / "sample.py", "--limit", "1"], stderr=subprocess.PIPE, text=True)
+    process = start([ROOT / "sample.py", "--limit", "1"])
     time.sleep(0.6)
-    process.send_signal(2)
+    process.send_signal(signal.SIGINT)
     printed = process.communicate()[1]
     assert "Traceback" not in printed and "goes on from here" in printed and process.returncode in (-2, 130)
 
