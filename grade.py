@@ -36,15 +36,14 @@ RULES = 2  # the version of all that follows: grades of another one are not used
 
 
 def strip_thinking(text, prompt=""):
-    """The part of a completion that is meant for the reader: without <think>...</think>.
-
-    Some templates open the thought themselves, at the end of `prompt`. One cut off takes all that follows along.
-    """
+    """A completion without <think>...</think>, without a thought that was cut off, and one that `prompt` opened."""
     if prompt.rstrip().endswith("<think>"):
         text = "<think>" + text
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
-    text = text.partition("<think>")[0]  # a thought never closed
-    return text.rpartition("</think>")[2].strip()  # one never opened
+    *thoughts, last = text.split("</think>")
+    kept = ""
+    for part in thoughts:  # what stands before a </think> that nobody opened is thought, too
+        kept = kept + part.partition("<think>")[0] if "<think>" in part else ""
+    return (kept + last.partition("<think>")[0]).strip()
 
 
 MARK = r"(?:[,;，、；]|\b(?:and|or)\b|和|或)"
@@ -690,11 +689,12 @@ class Grader:
             whole = content[: content.rfind(b"\n") + 1]
             first, *lines = map(json.loads, whole.splitlines() or ["[]"])
             self.file.truncate(len(whole) if first == header else 0)  # grades of another version or limit go
-            if first == header:
-                self.known = {(gold, answer): grade for gold, answer, grade in lines}
-            else:
+            self.known = {(gold, answer): grade for gold, answer, grade in lines} if first == header else {}
+            if not set(self.known.values()) <= {True, False, None}:
+                raise ValueError("damaged")
+            if first != header:
                 self.file.write((json.dumps(header) + "\n").encode())
-        except (OSError, ValueError) as e:
+        except (OSError, TypeError, ValueError) as e:
             raise InputError(f"{cache}: cannot be used for grades ({e}); delete it or choose another --out")
 
     def equal(self, gold, answer):

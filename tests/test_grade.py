@@ -37,6 +37,9 @@ def grader():
         (r"<think>maybe \boxed{3}</think> hmm", None),
         (r"<think>cut off \boxed{3}", None),
         (r"template opened it \boxed{3}</think>\boxed{4}", "4"),
+        (r"a</think> \boxed{3} <think>b</think>", "3"),
+        (r"\boxed{1} <think>a</think> \boxed{2}</think> \boxed{3}", "3"),
+        (r"\boxed{3} <think>a <think>b</think>", "3"),
         (r"so $\boxed 7$.", "7"),
         (r"so \boxed {7}.", "7"),
         (r"so $\boxed-7$", "-7"),
@@ -56,6 +59,14 @@ def grader():
 def test_answers_are_found(text, answer):
     """Guards against: falling back to an earlier box or to a thought, and braces counted wrongly."""
     assert g.answer_of({"text": text}) == answer
+
+
+def test_thoughts_take_little_time():
+    """Guards against: a time that grows with the square of the number of thoughts that were never closed."""
+    started = time.time()
+    assert g.strip_thinking("x" + "<think> hmm " * 100_000) == "x"
+    assert g.strip_thinking("x" + "<think> hmm </think>y" * 100_000).startswith("xy")
+    assert time.time() - started < 2
 
 
 def test_thought_opened_by_the_template():
@@ -538,6 +549,10 @@ def test_stuck_answers_are_killed_counted_and_remembered(tmp_path):
     other = g.Grader(limit=2.0, cache=tmp_path / "grades.jsonl")  # another limit: other grades
     assert other.known == {} and len((tmp_path / "grades.jsonl").read_text().splitlines()) == 1
     other.close()
+    with open(tmp_path / "grades.jsonl", "a") as file:
+        file.write('["a", "b", 1e30]\n')
+    with pytest.raises(InputError, match="grades.jsonl: cannot be used for grades"):
+        g.Grader(limit=2.0, cache=tmp_path / "grades.jsonl")
     (tmp_path / "mine.jsonl").write_text('{"mine": 1}\n')
     with pytest.raises(InputError, match="mine.jsonl: cannot be used for grades"):
         g.Grader(cache=tmp_path / "mine.jsonl")
