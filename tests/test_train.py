@@ -116,7 +116,7 @@ def test_rows(data, random_model):
     assert rows_in(data[1], 1, tokenizer, balance=[1.0, 0.0, 1.0])[1]["unbalanced"] == 6
 
 
-@pytest.mark.parametrize("missing", [None, "", "nan", " None "])
+@pytest.mark.parametrize("missing", [None, "", "nan", " NaN "])
 def test_a_missing_right_answer_does_not_make_completions_wrong(missing, data, random_model, tmp_path):
     """Guards against: "nan" as a right answer that all are graded by, or wrong completions that nobody can call so."""
     _, tokenizer = m.load(random_model)
