@@ -201,6 +201,18 @@ def test_imports_run_one_way():
             assert not forbidden & set(modules), (name, modules)
 
 
+def test_files_and_functions_stay_short():
+    """Guards against: files that nobody reads in one sitting, and functions that do not fit on a screen."""
+    lines = {"model": 1000, "sample": 330, "files": 300, "hub": 200}
+    for path in ROOT.glob("*.py"):
+        text = path.read_text()
+        assert text.count("\n") <= lines.get(path.stem, 800), path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                most = 7 if path.stem == "train" else 11
+                assert node.end_lineno - node.lineno < 60 and len(node.args.args) <= most, (path, node.name)
+
+
 def test_everything_that_a_row_can_hold_is_read_again(tmp_path):
     """Guards against: line ends inside a text that cut a row in two for other readers."""
     row = {"id": "a", "problem": "x\u2028y\x85z\r\n\t\\ \"é\" \U0001f600"}
