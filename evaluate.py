@@ -15,7 +15,7 @@ What is compared, for problems with N candidates and K refinements each, on the 
     pass@k     at least one of k candidates is right: what a perfect judge of k would reach
     maj@k      the answer that most of k candidates gave is right, where answers that mean the same are one
                (1/2 = 0.5); a tie shares the credit, a candidate without an answer casts no vote
-    weighted   the same for all N, and each vote counts as much as the candidate is probable
+    weighted   the same for all N, and each vote weighs the candidate's probability
     logprob    the candidate with the highest mean log-probability a token (Best-of-N)
     certainty  votes by the rank of the self-certainty (Borda votes, arXiv 2502.18581)
     score      the candidate with the highest "score", whatever wrote it into the file (Best-of-N)

@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 FIRST = os.environ.get("RANK", "0") == "0"  # is this the first process that torchrun started, or the only one?
-LOCKS = {}  # path -> the open lock file of an output that this process works on
+LOCKS = {}  # output -> its open lock file, while this process works on it
+STOPPED = "\nstopped; the same command goes on from here"
 
 
 class InputError(Exception):
@@ -41,17 +42,17 @@ def command_line(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print(STOPPED, file=sys.stderr)
         sys.exit(130)
     finally:
-        for path in list(LOCKS):
-            unlock(str(path).removesuffix(".lock"))
+        for out in list(LOCKS):
+            unlock(out)
 
 
 def stopped_early(kind, error, trace):
     """What Python prints for an error that nobody caught: a line where it is Ctrl-C while torch is being imported."""
     if kind is KeyboardInterrupt:
-        return print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return print(STOPPED, file=sys.stderr)
     sys.__excepthook__(kind, error, trace)
 
 
@@ -72,10 +73,7 @@ def disk_errors(path):
 
 
 def each_row(path, keys=()):
-    """The rows of a JSONL file, one at a time: dicts that have all of `keys` and, if they have one, a unique id.
-
-    `question` is another name of `problem`, as many data sets have it.
-    """
+    """The rows of a JSONL file, one at a time: dicts with all of `keys`, unique ids, and `problem` for `question`."""
     seen = {}
     try:
         with open(path, "rb") as file:
@@ -142,15 +140,24 @@ def read_json(path):
     return found
 
 
+def write_through(path, mode, text):
+    """Write or append a text; it is on the disk when this returns."""
+    with open(path, mode, encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def as_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def write_text(path, text):
     """Write a file so that a reader, and a run after a kill, sees the old one or the new one, never half of it."""
     partial = Path(f"{path}.partial")
     with disk_errors(path):
         partial.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        write_through(partial, "w", text)
         os.replace(partial, path)
 
 
@@ -194,9 +201,9 @@ def check_same(out, made_by, record=None):
 
 
 def lock(out):
-    """Keep other commands off an output until `unlock`, or until this process ends, however it ends."""
+    """Keep other commands off an output until `unlock`, or until the first process of this command ends."""
     path = Path(f"{out}.lock")
-    if path in LOCKS:
+    if not FIRST or str(out) in LOCKS:
         return
     with disk_errors(f"--out {out}"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -218,13 +225,12 @@ def lock(out):
         file.seek(0)
         file.truncate()
         print(f"process {os.getpid()} on {platform.node()} ({shlex.join(sys.argv)})", end="", file=file, flush=True)
-    LOCKS[path] = file
+    LOCKS[str(out)] = file
 
 
 def unlock(out):
-    path = Path(f"{out}.lock")
-    if file := LOCKS.pop(path, None):
-        path.unlink(missing_ok=True)
+    if file := LOCKS.pop(str(out), None):
+        Path(f"{out}.lock").unlink(missing_ok=True)
         file.close()
 
 
@@ -235,8 +241,7 @@ def claim(out):
     partial = Path(f"{out}.partial")
     if partial.exists() and not meta_path(out).exists():
         raise InputError(f"--out {out}: {partial} is in the way, and not of this program; choose another --out")
-    if FIRST:
-        lock(out)
+    lock(out)
 
 
 class Output:
@@ -244,8 +249,7 @@ class Output:
 
     Each process appends the rows that it finishes to a part of its own, OUT.part0, OUT.part1, ...; `finish` makes
     them OUT, in the order of `rows`, the problems. `done` {id: row} is what is there already, in any part, of whichever
-    process. `made_by` is all that the content depends on: an output that was made by something else is left alone,
-    with an InputError.
+    process. `made_by` is all that the content depends on; InputError for an output that something else made.
     """
 
     def __init__(self, path, rows, made_by, rank=0):
@@ -282,17 +286,14 @@ class Output:
             if self.torn and self.part.exists():
                 os.truncate(self.part, whole_lines(self.part)[1])
             self.torn = True  # until the write below has gone well
-            with open(self.part, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-                file.flush()
-                os.fsync(file.fileno())
+            write_through(self.part, "a", as_lines(rows))
             self.torn = False
 
     def finish(self):
         """Make the parts of all processes the one file -> all its rows."""
         self.done = self.read()
         rows = [self.done[identity] for identity in self.rows]
-        write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(self.path, as_lines(rows))
         for part in self.parts():
             part.unlink()
         return rows

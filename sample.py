@@ -76,10 +76,10 @@ def load_problems(data, limit=None):
         where = f"{path}, row {number + 1}"
         if isinstance(row.get("candidates"), list):  # a file that sample.py or refine.py wrote
             row = {key: value for key, value in row.items() if key not in OURS}
-        text = row.get("question") if row.get("problem") is None else row["problem"]
+        text = row.get(name_of_text := "question" if row.get("problem") is None else "problem")
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"{where}: no text under 'problem' or 'question', only {', '.join(row)}")
-        row = {key: value for key, value in row.items() if value is not text and key != "problem"}
+        row = {key: value for key, value in row.items() if key not in ("problem", name_of_text)}
         if taken := [key for key in OURS if key in row]:
             raise InputError(f"{where}: {taken[0]!r} is what the output calls something else; rename this column")
         unknown, answer = "answer" in row, row.pop("answer", None)  # null says that nobody knows
@@ -223,8 +223,7 @@ def write_rows(args, out, rows, requests, finish, sampler, made_by, record):
         read = add("read", 0) + before.get("tokens", {}).get("prompt_read", 0)
         completions = (c for row in output.finish() for c in row.get("refinements", row["candidates"]))
         write_meta(complete=True, prompt_read=read, generated=sum(c["n_tokens"] for c in completions))
-    if rank == 0:
-        files.unlock(out)
+    files.unlock(out)
     if dist.is_initialized():
         wait()
         dist.destroy_process_group()

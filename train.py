@@ -730,8 +730,7 @@ def main(argv=None):
         find_model(args.teacher, "--teacher")  # it has to be there before the student samples for hours
     try:
         if not args.dry_run:
-            if FIRST:
-                files.lock(args.out)
+            files.lock(args.out)
             check_out(args.out, {name: getattr(args, name) for name in SETTINGS})
         if any(paths := data_files(args)):
             run(args, paths, config, tokenizer, overlaps, device)

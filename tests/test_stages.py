@@ -249,14 +249,14 @@ def test_problem_files(tmp_path):
         {"question": "a", "answer": "We add.\n#### 12"},
         {"problem": "b", "answer": 27.0, "id": 60},
         {"question": "c", "final_answer": ["1", "2"]},
-        {"problem": "d", "answer": None, "source": "s"},
+        {"problem": "d", "answer": None, "source": "d"},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert sample.load_problems(str(path)) == [
         {"id": "set-0", "problem": "a", "answer": "12"},
         {"id": 60, "problem": "b", "answer": "27.0"},
         {"id": "set-2", "problem": "c", "answer": "1, 2"},
-        {"id": "set-3", "problem": "d", "answer": None, "source": "s"},
+        {"id": "set-3", "problem": "d", "answer": None, "source": "d"},
     ]
     assert [row["id"] for row in sample.load_problems(str(path), limit=2)] == ["set-0", 60]
 
