@@ -20,8 +20,8 @@ import tokenizers
 import torch
 import torch.distributed as dist
 
-from files import InputError
-from model import TOKENIZER_FILES, checkpoint_tensors
+from files import InputError, read_json
+from model import TOKENIZER_FILES, Config, each_weight
 
 HERE = Path(__file__).resolve().parent
 # name -> hub repository and the file in it (places that it has had, in the order to try), or a local file
@@ -162,7 +162,9 @@ def processes(device, name):
     backend = "nccl" if device.type == "cuda" else "gloo"
     # One process may have much more to do than another: who is done waits, for days if need be.
     store = dist.PrefixStore(name, store)  # train.py joins them several times, each time afresh
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(days=30))
+    its_device = device if device.type == "cuda" else None  # else NCCL guesses, and warns
+    days = timedelta(days=30)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=days, device_id=its_device)
     return rank, world, store.add, dist.barrier
 
 
@@ -183,15 +185,14 @@ def pack(model):
             layer.weight = None  # a tied embedding stays, beside its copy
 
 
-def fingerprint(model, dtype=None):
-    """A short hash that tells two sets of weights apart: of all norms, biases and first rows.
-
-    With `dtype`, that of the model after it has been rounded to it.
-    """
-    digest = hashlib.sha256(json.dumps(model.config.raw, sort_keys=True).encode())
-    for _, weight in sorted(checkpoint_tensors(model)):
-        part = weight if weight.dim() == 1 else weight[:1]
-        digest.update(part.to(dtype or part.dtype).float().cpu().numpy().tobytes())
+def fingerprint(folder, dtype):
+    """A short hash that tells two sets of weights apart: of all norms, biases and first rows, rounded to `dtype`."""
+    raw = read_json(folder / "config.json")
+    found = each_weight(folder, Config.from_dict(raw).tie_embeddings)
+    parts = {name: weight[...] if len(weight.get_shape()) == 1 else weight[:1] for name, weight in found}
+    digest = hashlib.sha256(json.dumps(raw, sort_keys=True).encode())
+    for name in sorted(parts):
+        digest.update(parts[name].to(dtype).float().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -3,7 +3,7 @@
 This file is read top to bottom, and each part uses only what stands above it:
 
     Config, Decoder        the model: what config.json says, RoPE, attention, MLP, layers
-    load, save, Tokenizer  Hugging Face folders, in and out; text <-> token ids; the chat template
+    load, Tokenizer        Hugging Face folders; text <-> token ids; the chat template
     sample_token           logits -> one token, by temperature, top-k, top-p and min-p
     PagedCache             the keys and values of all tokens so far, in pages that sequences share
     DecodeGraphs           decode steps, recorded as CUDA graphs
@@ -40,7 +40,6 @@ import json
 import math
 import os
 import re
-import shutil
 import warnings
 import weakref
 from collections import deque
@@ -51,7 +50,6 @@ import jinja2.sandbox
 import numpy as np
 import tokenizers
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -179,10 +177,10 @@ def rotate(qkv, n, cos, sin):
     plus its halves swapped times a sin whose first half is negative. Without gradients it is done
     in place: the keys still lie beside the values, and one write caches both.
     """
-    x = qkv[..., :n, :]
+    x, rest = qkv.split([n, qkv.shape[-2] - n], dim=-2)
     out = None if torch.is_grad_enabled() else x
     turned = torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin, out=out)  # [..., n, D]
-    return torch.cat([turned, qkv[..., n:, :]], dim=-2) if out is None else qkv
+    return torch.cat([turned, rest], dim=-2) if out is None else qkv
 
 
 def sees(query, key, window):
@@ -231,8 +229,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.mlp_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # [..., F] each
-        return self.down_proj(F.silu(gate) * up)  # [..., C]
+        return self.down(self.gate_up_proj(x))  # [..., 2F] -> [..., C]
+
+    def down(self, gate_up):  # apart, since training computes it twice to save its memory
+        gate, up = gate_up.chunk(2, dim=-1)  # [..., F] each
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -254,6 +255,7 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.agree = lambda memory: memory  # of processes that compute one model, the least: see parallel.py
         layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         parts = {"embed_tokens": nn.Embedding(config.vocab_size, config.dim), "layers": layers}
         self.model = nn.ModuleDict({**parts, "norm": RMSNorm(config.dim, config.norm_eps)})
@@ -288,93 +290,85 @@ TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", *SETTINGS)
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def checkpoint_tensors(model):
-    """Yield (name, weight) as in a checkpoint: tied matrices once, merged layers as views of parts."""
+def checkpoint_rows(model):
+    """Yield (name in a checkpoint, weight here, its first row there, number of rows); tied ones once."""
     c = model.config
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     sizes = {"qkv_proj": [q, kv, kv], "gate_up_proj": [c.mlp_dim] * 2}
     for name, weight in model.named_parameters():
-        whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # of a sharded one
         *path, layer, kind = name.split(".")  # kind: weight or bias
-        for part, rows in zip(MERGED.get(layer, [layer]), whole.detach().split(sizes.get(layer, len(whole)))):
-            yield ".".join([*path, part, kind]), rows
+        first = 0
+        for part, n in zip(MERGED.get(layer, [layer]), sizes.get(layer, [len(weight)])):
+            yield ".".join([*path, part, kind]), weight, first, n
+            first += n
 
 
-def load(folder, device="cpu", dtype=torch.float32):
-    """Read a Hugging Face folder -> (Decoder in eval mode, Tokenizer); of weights only safetensors."""
+def read_config(folder):
+    """The Config of a Hugging Face folder."""
     folder = Path(folder)
     if (adapter := (folder / "adapter_config.json").exists()) or not (folder / "config.json").is_file():
         what = "a LoRA adapter, to be merged into its model first" if adapter else "no config.json"
         raise InputError(f"{folder}: {what}, so this is not a model folder")
-    config = Config.from_dict(read_json(folder / "config.json"))
+    return Config.from_dict(read_json(folder / "config.json"))
+
+
+def materialise(model, device):
+    """Memory on a device, not yet filled, for a model that was made on "meta", of shapes alone."""
+    model = model.to_empty(device=device).eval()
+    model.rope_freq = rope_frequencies(model.config)[0].to(device)  # to_empty dropped it
+    if model.config.tie_embeddings:  # to_empty parted the two
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def each_weight(folder, tied):
+    """Yield (name, safetensors slice, file) for all weights of a folder that a decoder has; only safetensors."""
     files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if index.exists() and not (folder / files[0]).exists():
         names = read_json(index).get("weight_map")  # of each weight, its file
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise InputError(f"{index}: no weight_map that names files; download it again")
         files = sorted(set(names.values()))
-    with torch.device("meta"):  # shapes only: the weights come from the files
-        model = Decoder(config).to(dtype)
-    model = model.to_empty(device=device).eval()
-    model.rope_freq = rope_frequencies(config)[0].to(device)  # to_empty dropped it
-    if config.tie_embeddings:  # to_empty parted the two
-        model.lm_head.weight = model.model.embed_tokens.weight
-    targets, wrong = dict(checkpoint_tensors(model)), []
     for file in files:
         try:
-            with safe_open(folder / file, "pt", device=str(device)) as shard:
+            with safe_open(folder / file, "pt") as shard:
                 for key in shard.keys():
                     # Some store a tied output matrix or RoPE's angles, which follow from the rest.
-                    if key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and config.tie_embeddings):
-                        continue
-                    target = targets.pop(key, None)
-                    shape, kind = shard.get_slice(key).get_shape(), shard.get_slice(key).get_dtype()
-                    if kind not in ("F64", "F32", "F16", "BF16"):
-                        wrong.append(f"{key} is {kind}, so this is a quantised model")
-                    elif target is None:
-                        wrong.append(f"{key} is spare")
-                    elif shape != list(target.shape):
-                        wrong.append(f"{key} is {shape}, not {list(target.shape)}")
-                    else:
-                        target.copy_(shard.get_tensor(key))
+                    if not key.endswith("rotary_emb.inv_freq") and not (key == "lm_head.weight" and tied):
+                        yield key, shard.get_slice(key)
         except (OSError, SafetensorError) as e:
             raise InputError(f"{folder / file}: cannot be read as safetensors ({e})")
+
+
+def read_weights(folder, targets, tied):
+    """Fill targets {name: (tensor, slices, shape)}: each the `slices` of a weight that has this shape in all."""
+    targets, wrong = dict(targets), []
+    for key, found in each_weight(folder, tied):
+        target, slices, whole = targets.pop(key, (None, None, None))
+        shape, kind = found.get_shape(), found.get_dtype()
+        if kind not in ("F64", "F32", "F16", "BF16"):
+            wrong.append(f"{key} is {kind}, so this is a quantised model")
+        elif target is None:
+            wrong.append(f"{key} is spare")
+        elif shape != list(whole):
+            wrong.append(f"{key} is {shape}, not {list(whole)}")
+        elif target.numel():
+            target.copy_(found[slices])
     if wrong := sorted(wrong + [f"{key} is missing" for key in targets]):
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise InputError(f"{folder}: weights do not fit config.json: {', '.join(wrong[:8])}{more}")
+
+
+def load(folder, device="cpu", dtype=torch.float32):
+    """Read a Hugging Face folder -> (Decoder in eval mode, Tokenizer)."""
+    config = read_config(folder)
+    with torch.device("meta"):  # shapes only: the weights come from the files
+        model = Decoder(config).to(dtype)
+    model = materialise(model, device)
+    rows = {name: w.detach()[first : first + n] for name, w, first, n in checkpoint_rows(model)}
+    targets = {name: (weight, ..., weight.shape) for name, weight in rows.items()}
+    read_weights(Path(folder), targets, config.tie_embeddings)
     return model, Tokenizer(folder, config)
-
-
-def save(model, folder, source, card=None, shard_bytes=5 * 10**9):
-    """Write a Hugging Face folder: the weights as they are, the rest copied from folder `source`.
-
-    Weights of more than `shard_bytes` go to several files; `card` becomes README.md. All processes
-    of a sharded model call this, and the first writes: to a sibling folder, renamed at the end.
-    """
-    from huggingface_hub import save_torch_state_dict  # slow to import
-    folder, partial, state = Path(folder), Path(f"{folder}.partial"), {}
-    for name, weight in checkpoint_tensors(model):  # all processes take part in it
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            shared = weight.untyped_storage().nbytes() > weight.nbytes  # with its merged layer
-            state[name] = weight.to("cpu", copy=shared)
-    if not state:
-        return
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_torch_state_dict(state, partial, max_shard_size=shard_bytes)
-    raw = {**model.config.raw, "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch.")}
-    raw.pop("dtype", None)  # the newer name of the same
-    (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    if card:
-        (partial / "README.md").write_text(card, encoding="utf-8")
-    for name in TOKENIZER_FILES:
-        if (Path(source) / name).exists():
-            shutil.copyfile(Path(source) / name, partial / name)
-    for path in partial.iterdir():
-        shutil.copymode(partial / "config.json", path)  # safetensors lets nobody but the owner read
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    os.replace(partial, folder)
 
 
 def read_template(folder, source):
@@ -910,6 +904,14 @@ def free_memory(device):
     return max(0, min(free)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def memory_to_use(model, chunk, recorded, dtype):
+    """Bytes for the cache and for drawing: most of what is free, or what `recorded` gives back."""
+    config, device = model.config, model.rope_freq.device
+    widest = 4 * (config.mlp_dim + config.dim + 2 * config.n_heads * config.head_dim)  # of a pass
+    free = free_memory(device) + (recorded.cache.kv.nbytes if recorded else 0)
+    return model.agree(0.85 * free - chunk * widest * dtype.itemsize)
+
+
 def cache_budget(config, page, page_bytes, longest, n_sequences, batch_size, memory):
     """Share `memory`, in bytes, between drawing and the cache -> (rows, pages).
 
@@ -956,10 +958,7 @@ def stream(model, prompts, keys, params, stop_ids, batch_size=256, memory=None, 
     numbers = 2 * config.n_layers * config.n_kv_heads * config.head_dim  # of a position
     stats.page_bytes = numbers * page * dtype.itemsize
     recorded = KEPT.pop(model, None)
-    if memory is None:  # a pass needs room as well, for the widest of its activations
-        widest = 4 * (config.mlp_dim + config.dim + 2 * config.n_heads * config.head_dim)
-        free = free_memory(device) + (recorded.cache.kv.nbytes if recorded else 0)
-        memory = 0.85 * free - chunk * widest * dtype.itemsize
+    memory = memory_to_use(model, chunk, recorded, dtype) if memory is None else memory
     longest = max((min(len(ids) + params.max_new_tokens, context) for ids in prompts), default=1)
     rows, pages = cache_budget(config, page, stats.page_bytes, longest, samples, batch_size, memory)
     width = -(-longest // page) + 1  # the last page is 0, for steps past the end

@@ -16,7 +16,8 @@ import numpy as np
 
 from files import InputError, as_written, command_line, meta_path, read_json, read_jsonl
 from grade import strip_thinking
-from model import uniforms
+from model import read_config, uniforms
+from parallel import count
 from sample import SOLVE_PROMPT, add_sampling_flags, as_json, check_flags, load_sampler, write_rows
 
 REFINE_PROMPT = """\
@@ -127,7 +128,7 @@ def main(argv=None):
     parser.add_argument("--out", help="default: FILE with .refined.jsonl for .candidates.jsonl")
     add_sampling_flags(parser)
     args = parser.parse_args(argv)
-    check_flags(args, "k", "limit", "batch_size")
+    check_flags(args, "k", "limit", "batch_size", "tensor_parallel")
     stem = args.candidates.removesuffix(".jsonl").removesuffix(".candidates")
     if stem.endswith(".refined") and not args.out:
         raise InputError(f"--candidates {args.candidates}: a refined file; say with --out where its new refinements go")
@@ -158,8 +159,8 @@ def main(argv=None):
 
     source = read_json(meta_path(args.candidates)) if meta_path(args.candidates).exists() else {}
     by = source.get("candidates_by") or source.get("weights")  # a refined file names who made its candidates
-    parameters = sum(weight.numel() for weight in sampler.model.parameters())
-    record = {"data": args.candidates, "candidates_by": by, "parameters": parameters}
+    record = {"data": args.candidates, "candidates_by": by}
+    record["parameters"] = count(read_config(sampler.tokenizer.folder))
     write_rows(args, out, rows, requests, finish, sampler, {"k": args.k}, record)
 
 

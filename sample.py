@@ -17,6 +17,7 @@ import files  # isort: skip  first, so that Ctrl-C while torch is imported is on
 import argparse
 import dataclasses
 import math
+import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,8 @@ from tqdm import tqdm
 from files import InputError, Output, as_written, check_id, command_line, meta_path, read_json, read_jsonl, write_json
 from grade import extract_answer, gold_answer
 from hub import BENCHMARKS, find_model, fingerprint, hub_file, pack, pick_device, processes, versions
-from model import SamplingParams, Stats, load, stream
+from model import SamplingParams, Stats, Tokenizer, load, read_config, stream
+from parallel import check_fits, load_share
 
 # The wording that Qwen2.5-Math made common; any instruction-tuned model follows it.
 SOLVE_PROMPT = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
@@ -113,10 +115,20 @@ class Sampler(NamedTuple):
 
 
 def load_sampler(args):
-    """The model that the flags name, on their device, with its sampling defaults under the flags."""
+    """The model that the flags name, or this process's share of it, with its sampling defaults under the flags."""
     device, dtype = pick_device(args.device, args.dtype)
-    model, tokenizer = load(find_model(args.model), device, dtype)
-    return Sampler(model, tokenizer, sampling_params(args, tokenizer.generation_config))
+    folder, share, world = find_model(args.model), args.tensor_parallel, int(os.environ.get("WORLD_SIZE", 1))
+    if world % share:
+        raise InputError(f"--tensor-parallel {share}: start it with torchrun --nproc-per-node={share}, or a multiple")
+    config = read_config(folder)
+    check_fits(args.model, config, dtype, device, share)
+    tokenizer = Tokenizer(folder, config)
+    params = sampling_params(args, tokenizer.generation_config)
+    if share > 1:
+        model = load_share(folder, device, dtype, int(os.environ["RANK"]) % share, share)
+    else:
+        model, _ = load(folder, device, dtype)
+    return Sampler(model, tokenizer, params)
 
 
 class Progress:
@@ -175,39 +187,44 @@ def write_rows(args, out, rows, requests, finish, sampler, made_by, record):
 
     `requests[i]` is a list of (prompt token ids, one key for each of its samples) for row number i, and
     `finish(i, completions)` the finished row, from a list of Completions for each request. `made_by` and `record`
-    are what the output depends on, and what else its meta file is to say, beside what stands below. Of several
-    processes each takes its share of the rows that are missing.
+    are what the output depends on, and what else its meta file is to say, beside what stands below. The rows that
+    are missing are shared out among the processes, or among the groups of them that --tensor-parallel makes.
     """
     model, meta, started = sampler.model, meta_path(out), time.time()
     device, dtype = model.rope_freq.device, str(model.lm_head.weight.dtype).removeprefix("torch.")
-    made_by = {**made_by, "weights": fingerprint(model), "dtype": dtype, "seed": args.seed}
+    weights = fingerprint(sampler.tokenizer.folder, model.lm_head.weight.dtype)
+    made_by = {**made_by, "weights": weights, "dtype": dtype, "seed": args.seed}
     made_by["sampling"] = dataclasses.asdict(sampler.params)
     record = {"model": args.model, **record, "flags": vars(args), "versions": versions()}
-    rank, world, add, wait = processes(device, str(out))
+    (rank, world, add, wait), share = processes(device, str(out)), args.tensor_parallel
+    if share > 1:  # so many processes draw the same samples, and one of them writes
+        model.group = dist.new_subgroups(share)[0]
+    writes, rank, world = rank % share == 0, rank // share, world // share
+    lead = writes and rank == 0
     output = Output(out, rows, made_by, rank)
     before = read_json(meta) if output.done else {}
     wait()  # nobody writes before all have looked
     missing = [i for i, row in enumerate(rows) if row["id"] not in output.done]
     to_read = sum(len(ids) for i in missing for ids, _ in requests[i])
     to_sample = sum(len(keys) for i in missing for _, keys in requests[i])
-    if rank == 0:
+    if lead:
         there = f"{len(output.done)} of {len(rows)} problems are there" if missing else "complete"
         print(f"{out}: {there} already" if output.done else f"{out}: {len(rows)} problems", end="")
         print(f"; {to_sample:,} samples, {to_read:,} prompt tokens, {device}, {dtype}" if missing else "")
 
     def write_meta(complete, **tokens):
-        if rank == 0:
+        if lead:
             seconds = round(before.get("seconds", 0.0) + time.time() - started, 2)
             tokens = {"prompt": sum(len(ids) for row in requests for ids, _ in row), **tokens}
             write_json(meta, {**made_by, **record, "tokens": tokens, "seconds": seconds, "complete": complete})
 
     def step(stats, finished, done, last):
-        if done:
+        if done and writes:
             output.append(done)
-        if progress.update(stats, finished, last):
+        if writes and progress.update(stats, finished, last):
             write_meta(complete=False)
 
-    longest, hidden = sampler.params.max_new_tokens, rank > 0 or not missing
+    longest, hidden = sampler.params.max_new_tokens, not (lead and missing)
     progress = Progress(Path(out).name, to_read, to_sample, longest, add, hidden)
     with progress.bar:
         if missing:
@@ -219,7 +236,7 @@ def write_rows(args, out, rows, requests, finish, sampler, made_by, record):
             raise InputError(f"the device's memory is full; {out} goes on with a smaller --memory or --batch-size")
         wait()
         progress.bar.update(progress.bar.total - progress.bar.n)
-    if rank == 0 and (missing or not before.get("complete") or output.parts()):
+    if lead and (missing or not before.get("complete") or output.parts()):
         read = add("read", 0) + before.get("tokens", {}).get("prompt_read", 0)
         completions = (c for row in output.finish() for c in row.get("refinements", row["candidates"]))
         write_meta(complete=True, prompt_read=read, generated=sum(c["n_tokens"] for c in completions))
@@ -245,6 +262,8 @@ def add_sampling_flags(parser):  # and those of refine.py
     group.add_argument("--max-new-tokens", type=int, help="tokens of a completion at most (2048 if nothing else says)")
     group.add_argument("--seed", type=int, default=0, help="same seed, same samples, whatever the batch (default: 0)")
     group = parser.add_argument_group("machine")
+    share = "of a model that is larger than a GPU: processes of torchrun that compute it together (default: 1)"
+    group.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help=share)
     group.add_argument("--batch-size", type=int, default=256, help="sequences decoded together, at most (default: 256)")
     group.add_argument("--memory", type=float, help="GiB for the cache and the steps (default: most of what is free)")
     graphs = argparse.BooleanOptionalAction
@@ -291,7 +310,7 @@ def main(argv=None):
     parser.add_argument("--out", help="default: runs/MODEL/DATA.candidates.jsonl")
     add_sampling_flags(parser)
     args = parser.parse_args(argv)
-    check_flags(args, "n", "limit", "batch_size")
+    check_flags(args, "n", "limit", "batch_size", "tensor_parallel")
     out = args.out or f"runs/{Path(args.model).resolve().name}/{Path(args.data).stem}.candidates.jsonl"
 
     files.claim(out)

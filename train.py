@@ -56,10 +56,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn import LinearCrossEntropyOptions
 from torch.utils.benchmark import Timer
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import refine
@@ -67,14 +68,15 @@ import sample
 from files import FIRST, InputError, check_same, command_line, disk_errors, meta_path, read_json, write_json
 from grade import Grader, answer_of, gold_answer
 from hub import ALIASES, find_model, fingerprint, pick_device, processes, versions
-from model import Config, Tokenizer, attend_causal, load, save, uniforms, use_varlen, varlen_attn
+from model import SamplingParams, Tokenizer, attend_causal, load, read_config, uniforms, use_varlen, varlen_attn
+from parallel import count, load_sharded, save, training_memory, wait
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # in a checkpoint of one process
 TASKS, KINDS = ("solve", "refine"), ("all wrong", "mixed", "all right")  # KINDS: of a refine row's candidates
 RECORD = {"step": int, "tokens": int, "seconds": float}  # what a checkpoint says of the run so far
 # bfloat16 matrix products, FLOP/s, as the makers state them (without sparsity), by a word in the device's name
 PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12}
-CHUNK = 2**25  # logits at a time in the loss: 128 MiB
+CHUNK = 2**26  # logits at a time in the loss: 256 MiB in float32
 # "Candidate 2 is right", "the last candidate", "the first two": true only of the order in the teacher's own prompt.
 ORDINALS = "first|second|third|fourth|fifth|sixth|seventh|eighth|last"
 BEFORE, AFTER = rf"\b({ORDINALS}) (two |three )?", rf"s?\W{{1,4}}(\d|(one|two|three|four|{ORDINALS})\b)"
@@ -103,24 +105,23 @@ def data_files(args):
     if args.solve or args.refine:
         return args.solve, args.refine
     names = ("train.candidates.jsonl", "teacher.candidates.jsonl", "teacher.refined.jsonl")
-    candidates, solutions, refinements = (f"runs/{Path(args.model).name}/{name}" for name in names)
+    candidates, solutions, refinements = (str(Path(args.out).with_name(name)) for name in names)
     common = ["--seed", str(args.seed), "--device", args.device]
     common += ["--max-new-tokens", str(args.max_new_tokens)] if args.max_new_tokens else []
     problems = ["--data", args.data] + (["--limit", str(args.limit)] if args.limit else [])
-    stages = (
-        (sample, ["--model", args.model, *problems, "--n", str(args.n), "--out", candidates, *common]),
-        (sample, ["--model", args.teacher, *problems, "--n", "1", "--out", solutions, *common]),
-        (refine, ["--model", args.teacher, "--candidates", candidates, "--out", refinements, *common]),
-    )
+    teacher = ["--model", args.teacher, *common, "--tensor-parallel", str(args.tensor_parallel)]
+    stages = [(sample, ["--model", args.model, *common, *problems, "-n", str(args.n), "--out", candidates])]
+    if args.teacher == args.model:
+        solutions = candidates  # its own right ones
+    else:
+        stages.append((sample, [*teacher, *problems, "-n", "1", "--out", solutions]))
+    stages.append((refine, [*teacher, "--candidates", candidates, "-k", str(args.k), "--out", refinements]))
     for stage, flags in stages:
         if FIRST:
             print(f"python {Path(stage.__file__).name} {shlex.join(flags)}", flush=True)
         if not args.dry_run:
             stage.main(flags)
-    if Path(solutions).exists() and Path(refinements).exists():
-        return solutions, refinements
-    print("the rows are made by these commands; once they have run, --dry-run can count them")
-    return None, None
+    return (solutions, refinements) if Path(refinements).exists() else (None, None)
 
 
 def read_examples(path, task):
@@ -284,73 +285,59 @@ def learned_tokens(rows):
 
 
 # ------------------------------------------------------------------------------------------------- From packs to losses
-def attention_within(lengths, device):
-    """Attention, qkv [T, H + 2K, D] -> [T, H, D], within each of the concatenated rows; no mask [T, T] is needed."""
-    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)  # [rows + 1]
+@dataclass
+class Pack:
+    """Rows one after another, as tensors on the device: T tokens, of which M have a loss."""
+    ids: torch.Tensor  # [T]
+    positions: torch.Tensor  # [T], from 0 in each row
+    ends: torch.Tensor  # [rows + 1] int32, where each row ends, after a 0
+    learned: torch.Tensor  # [M], which tokens have a loss
+    labels: torch.Tensor  # [M], the tokens after them
+    tasks: torch.Tensor  # [M], of which task
+    lengths: list  # of the rows, in tokens
+
+
+def load_pack(rows, device):
+    """Rows -> a Pack. The copies to a GPU do not make the host wait, nor the GPU."""
+    # A process without a row computes one token, without a loss: with FSDP all of them exchange weights and gradients.
+    lengths = [length_of(row) for row in rows] or [1]
+    ends = [0, *itertools.accumulate(lengths)]
+    ids = [i for row in rows for i in (row.prompt + row.completion)[:-1]] or [0]
+    positions = [i for n in lengths for i in range(n)]
+    # Position i predicts token i + 1: a completion is learned from the last token of its prompt on.
+    learned = [i for end, row in zip(ends[1:], rows) for i in range(end - len(row.completion), end)]
+    labels, tasks = [i for row in rows for i in row.completion], [row.task for row in rows for _ in row.completion]
+    parts = [torch.tensor(part, dtype=torch.long) for part in (ids, positions, learned, labels, tasks)]
+    parts.insert(2, torch.tensor(ends, dtype=torch.int32))
+    if device.type == "cuda":
+        parts = [part.pin_memory().to(device, non_blocking=True) for part in parts]
+    return Pack(*parts, lengths)
+
+
+def attention_within(pack):
+    """Attention, qkv [T, H + 2K, D] -> [T, H, D], within each of a pack's rows; no mask [T, T] is needed."""
 
     def attend(attention, qkv):
         if use_varlen(qkv.device, qkv.dtype, qkv.shape[-1]):
             q, k, v = qkv.split(attention.heads, dim=1)
-            longest, back = max(lengths), (-1 if attention.window is None else attention.window - 1, 0)
-            return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=back, enable_gqa=True)
-        return torch.cat([attend_causal(attention, row[None])[0] for row in qkv.split(lengths)])
+            longest, back = max(pack.lengths), (-1 if attention.window is None else attention.window - 1, 0)
+            ends = pack.ends, pack.ends, longest, longest
+            return varlen_attn(q, k, v, *ends, window_size=back, enable_gqa=True)
+        return torch.cat([attend_causal(attention, row[None])[0] for row in qkv.split(pack.lengths)])
 
     return attend
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """hidden [M, C], output matrix [V, C], labels [M], scale [M] -> (sum of scale * cross-entropy, cross-entropy [M]).
-
-    The gradient is computed together with the loss, for a few positions at a time: all logits [M, V] at once would be
-    larger than the model. The gradient of a position's logits is scale * (softmax - one_hot).
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, scale):
-        losses = torch.empty(len(labels), device=hidden.device)
-        train = ctx.needs_input_grad[0]
-        grad_hidden = torch.empty_like(hidden) if train else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train else None
-        size = max(1, CHUNK // len(weight))  # positions at a time
-        for at in range(0, len(labels), size):
-            x, y = hidden[at : at + size], labels[at : at + size, None]  # [m, C], [m, 1]
-            logits = (x @ weight.t()).float()  # [m, V]
-            norm = logits.logsumexp(-1, keepdim=True)  # [m, 1]
-            losses[at : at + size] = (norm - logits.gather(1, y))[:, 0]
-            if train:
-                grad = logits.sub_(norm).exp_()
-                grad.scatter_add_(1, y, torch.full_like(norm, -1.0))
-                grad = grad.mul_(scale[at : at + size, None]).to(weight.dtype)
-                torch.mm(grad, weight, out=grad_hidden[at : at + size])
-                if weight.dtype == torch.float32:
-                    grad_weight.addmm_(grad.t(), x)
-                else:
-                    grad_weight += grad.t() @ x
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.mark_non_differentiable(losses)
-        return (losses * scale).sum(), losses
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(grad), grad_weight.mul_(grad).to(grad_hidden.dtype), None, None
-
-
 def task_losses(model, pack, scale):
-    """A pack of Rows, the weight of a token of each task [2] -> (loss, the sum of cross-entropies of each task [2])."""
-    # A process without a row computes one token, without a loss: with FSDP all of them exchange weights and gradients.
-    device, lengths = scale.device, [length_of(row) for row in pack] or [1]
-    ids = torch.tensor([i for row in pack for i in (row.prompt + row.completion)[:-1]] or [0])  # [T]
-    positions = torch.cat([torch.arange(n) for n in lengths])  # [T]
-    task = torch.tensor([row.task for row in pack for _ in row.completion], dtype=torch.long, device=device)  # [M]
-    labels = torch.tensor([i for row in pack for i in row.completion], dtype=torch.long, device=device)  # [M]
-    # Position i predicts token i + 1: a completion is learned from the last token of its prompt on.
-    ends = itertools.accumulate(lengths)
-    learned = [torch.arange(0), *(torch.arange(end - len(row.completion), end) for end, row in zip(ends, pack))]
-    hidden = model(ids.to(device), positions.to(device), attention_within(lengths, device))  # [T, C]
-    hidden = hidden[torch.cat(learned).to(device)]  # [M, C]
-    loss, losses = ChunkedCrossEntropy.apply(hidden, model.lm_head.weight, labels, scale[task])
-    return loss, torch.zeros(len(TASKS), device=device).index_add(0, task, losses)
+    """A Pack, the weight of a token of each task [2] -> (loss, the sum of cross-entropies of each task [2])."""
+    hidden = model(pack.ids, pack.positions, attention_within(pack))  # [T, C]
+    hidden = hidden.index_select(0, pack.learned)  # [M, C]
+    # All logits [M, V] would be larger than the model: a chunk of positions at a time, and again for the gradient.
+    weight = model.lm_head.weight
+    options = LinearCrossEntropyOptions(batch_chunk_size=max(1, CHUNK // len(weight)))
+    losses = F.linear_cross_entropy(hidden, weight, pack.labels, reduction="none", options=options).float()  # [M]
+    sums = torch.zeros_like(scale).index_add(0, pack.tasks, losses.detach())
+    return losses.dot(scale[pack.tasks]), sums
 
 
 def flops(config, tokens, learned, squares):
@@ -362,23 +349,39 @@ def flops(config, tokens, learned, squares):
 
 
 # ----------------------------------------------------------------------------- Weights on many devices, and checkpoints
-def prepare(model, device, world, dtype, checkpointing):
-    """Get a loaded model ready for training -> {name: weight}, all of them float32.
+def prepare(folder, process, checkpointing):
+    """A model ready to be trained -> (Decoder, {name: weight}), all of these float32.
 
-    Each process keeps a part of every weight, gradient and moment (FSDP2), and gathers a layer's weights, in `dtype`,
-    while it computes. The model waits in CPU memory, and its parts move to the GPU layer by layer: no GPU ever holds
-    all of it. One GPU is the case of one part.
+    One process computes with a copy of the weights in its number type; the gradients of its packs are summed in
+    float32. Several keep a part of every weight each, and FSDP does the same for them.
     """
-    model.train()
-    if checkpointing:  # keep the input of each layer alone, and compute the rest again when its gradient is due
-        for block in model.model.layers:
-            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
-    if dist.is_initialized():
-        mesh = init_device_mesh(device.type, (world,))
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        for module in (*model.model.layers, model):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-    return dict(model.to(device).named_parameters())
+    device, dtype, rank, world = process
+    model = load_sharded(folder, device, dtype, rank, world) if world > 1 else load(folder, device)[0]
+    for block in model.model.layers:
+        # Its activation is most of what a layer would keep for the gradient, and quick to compute again.
+        part, name = (block, "forward") if checkpointing else (block.mlp, "down")
+        again = functools.partial(checkpoint, getattr(part, name), use_reentrant=False, preserve_rng_state=False)
+        setattr(part, name, again)
+    weights = dict(model.named_parameters())
+    if world == 1 and dtype != torch.float32:
+        for name, copy in weights.items():
+            weights[name] = master = copy.detach()
+            copy.data = master.to(dtype)
+            copy.register_post_accumulate_grad_hook(functools.partial(add_gradient, master))
+    return model, weights
+
+
+def add_gradient(master, copy):
+    """A backward pass has given a weight's copy its gradient: it goes to the weight's own, in float32."""
+    master.grad = copy.grad.to(master.dtype) if master.grad is None else master.grad.add_(copy.grad)
+    copy.grad = None
+
+
+def copy_weights(model, weights):
+    """The model computes with the weights as they are now."""
+    for copy, master in zip(model.parameters(), weights.values()):
+        if copy is not master:
+            copy.data.copy_(master)
 
 
 def start_optimizer(weights, lr):
@@ -450,12 +453,6 @@ def sync(path):
     os.close(descriptor)
 
 
-def wait():
-    """Return when all processes have come to it."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def total(tensor, operation=dist.ReduceOp.SUM):
     """The sum, or another operation, of each element over all processes, in place."""
     if dist.is_initialized():
@@ -483,7 +480,8 @@ def update(model, weights, optimizer, packs, scale, lr):
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
-    return sums, norm.full_tensor() if dist.is_initialized() else norm
+    copy_weights(model, weights)
+    return sums, norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def validate(model, rows, room, process):
@@ -491,24 +489,29 @@ def validate(model, rows, room, process):
     sums = torch.zeros(len(TASKS), device=process.device)
     with torch.no_grad():
         for pack in packs_of(rows, room, process.world)[process.rank :: process.world]:
-            sums += task_losses(model, pack, sums)[1]
+            sums += task_losses(model, load_pack(pack, process.device), sums)[1]
+    if process.world > 1:
+        model.reshard()  # without a backward pass FSDP would leave what it has gathered, in its place
     return [s / c if c else None for s, c in zip(total(sums).tolist(), learned_tokens(rows))]
 
 
-def steps_ahead(rows, first, n_steps, tokenizer, args, world):
-    """(number, packs) of each step from `first` on, the same in every process. A thread prepares the next one."""
+def steps_ahead(rows, first, n_steps, tokenizer, args, process):
+    """(number, rows, padding, this process's Packs) of each step from `first` on. A thread prepares the next one."""
     per_epoch = len(epoch_of(rows, args.batch_size, args.seed, 0))
 
     def packs_of_step(number):
         epoch, i = divmod(number, per_epoch)
         step = epoch_of(rows, args.batch_size, args.seed, epoch)[i]
-        return packs_of([shown_anew(row, epoch, tokenizer, args) for row in step], args.max_length, world)
+        step = [shown_anew(row, epoch, tokenizer, args) for row in step]
+        packs = packs_of(step, args.max_length, process.world)
+        mine = [load_pack(pack, process.device) for pack in packs[process.rank :: process.world]]
+        return step, padding([packs], process.world), mine
 
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(packs_of_step, first)
         for number in range(first, n_steps):
-            packs, coming = coming.result(), pool.submit(packs_of_step, number + 1)
-            yield number, packs
+            now, coming = coming.result(), pool.submit(packs_of_step, number + 1)
+            yield number, *now
 
 
 @contextlib.contextmanager
@@ -523,9 +526,12 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def resume(model, log_path, folder, args, process):
-    """Get ready to train on from the newest checkpoint, and cut the log back to it -> weights, optimizer, record."""
-    weights = prepare(model, process.device, process.world, process.dtype, args.checkpointing)
+def resume(source, log_path, folder, args, process):
+    """Get ready to train on from the newest checkpoint, with the log cut back to it.
+
+    -> model, weights, optimizer, record
+    """
+    model, weights = prepare(source, process, args.checkpointing)
     optimizer, record = start_optimizer(weights, args.lr), {"step": 0, "tokens": 0, "seconds": 0.0}
     found = whole_checkpoints(folder)[-1:]
     for path in found:
@@ -537,20 +543,24 @@ def resume(model, log_path, folder, args, process):
             raise InputError(f"{path}: cannot be read ({reason(e)}); without it, a rerun goes on from the one before")
     for state in optimizer.state.values():
         state["step"].fill_(record["step"])
+    copy_weights(model, weights)
     if process.rank == 0:
         print(f"{found[0]}: goes on from there\n" if found else "", end="")
         lines = files.whole_lines(log_path)[0] if found and log_path.exists() else []
         kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= record["step"]]
         files.write_text(log_path, "".join(kept))
     wait()
-    return weights, optimizer, record
+    return model, weights, optimizer, record
 
 
-def train(model, tokenizer, rows, held, args, process, made_by):
-    """Train `model` in place, from its newest checkpoint on -> what was spent; `held` are the rows to validate on."""
+def train(tokenizer, rows, held, args, process, made_by):
+    """Train the model of the tokenizer's folder, or its newest checkpoint -> (model, what was spent).
+
+    `held` are the rows to validate on.
+    """
     folder, log_path = Path(f"{args.out}.checkpoints"), Path(f"{args.out}.metrics.jsonl")
     device, _, rank, world = process
-    weights, optimizer, before = resume(model, log_path, folder, args, process)
+    model, weights, optimizer, before = resume(tokenizer.folder, log_path, folder, args, process)
     first, tokens = before["step"], before["tokens"]
     n_steps = args.steps or args.epochs * len(epoch_of(rows, args.batch_size, args.seed, 0))
     if rank == 0:
@@ -560,20 +570,20 @@ def train(model, tokenizer, rows, held, args, process, made_by):
     weight, work, started = torch.tensor([1.0, args.weight], device=device), 0, time.time()
     bar = tqdm(desc="train", unit=" steps", initial=first, total=n_steps, disable=rank > 0)
     with bar, stop_signals() as caught:
-        for number, packs in steps_ahead(rows, first, n_steps, tokenizer, args, world):
-            done, step = number + 1, [row for pack in packs for row in pack]
+        for number, step, idle, packs in steps_ahead(rows, first, n_steps, tokenizer, args, process):
+            done = number + 1
             counts, lengths = learned_tokens(step), [length_of(row) for row in step]
             # FSDP takes the mean of the gradients over the processes; ours is a sum.
             scale = weight * world / torch.tensor(counts, device=device).clamp(min=1)  # [2]
             lr = learning_rate(number, n_steps, args.lr, max(1, n_steps // 20))
-            sums, norm = update(model, weights, optimizer, packs[rank::world], scale, lr)
+            sums, norm = update(model, weights, optimizer, packs, scale, lr)
             if not math.isfinite(norm):
                 raise InputError(f"step {done}: the gradient is not finite; lower --lr and choose another --out")
             solve, refined = (s / c if c else None for s, c in zip(total(sums).tolist(), counts))
             tokens, now = tokens + sum(lengths), time.time() - started
             work += flops(model.config, sum(lengths), sum(counts), sum(n * n for n in lengths))
             line = {"step": done, "loss_solve": solve, "loss_refine": refined, "lr": lr, "grad_norm": norm.item()}
-            line |= {"padding": padding([packs], world), "tokens": tokens, "seconds": round(before["seconds"] + now, 2)}
+            line |= {"padding": idle, "tokens": tokens, "seconds": round(before["seconds"] + now, 2)}
             if held and (done == n_steps or done % max(1, n_steps // 10) == 0):
                 found = validate(model, held, args.max_length, process)
                 line |= {f"validation_{name}": mean for name, mean in zip(TASKS, found)}
@@ -594,7 +604,10 @@ def train(model, tokenizer, rows, held, args, process, made_by):
                         print(f"stopped, saved at step {done}; the same command goes on from there", file=sys.stderr)
                     sys.exit(code)
     spent = {"steps": n_steps, "tokens": tokens, "seconds": line["seconds"], "processes": world}
-    return {**spent, "peak_memory": torch.cuda.max_memory_allocated(), "last": line}
+    for copy, master in zip(model.parameters(), weights.values()):
+        if copy is not master:
+            copy.data = master  # float32 again, to be saved
+    return model, {**spent, "peak_memory": torch.cuda.max_memory_allocated(), "last": line}
 
 
 # ----------------------------------------------------------------------------------------------------- Before and after
@@ -603,24 +616,46 @@ def dry_run(config, rows, tokenizer, args, process):
     device, dtype, _, world = process
     rows = [shown_anew(row, 0, tokenizer, args) for row in rows]
     steps = [packs_of(step, args.max_length, world) for step in epoch_of(rows, args.batch_size, args.seed, 0)]
-    lengths = [sum(map(length_of, pack)) for packs in steps for pack in packs]
-    tokens, learned = sum(lengths), sum(learned_tokens(rows))
+    packs = [pack for packs in steps for pack in packs]
+    longest = max(sum(map(length_of, pack)) for pack in packs)
+    tokens, learned = sum(map(length_of, rows)), sum(learned_tokens(rows))
     n_steps = args.steps or args.epochs * len(steps)
     print(f"an epoch: {len(rows)} rows, {tokens:,} tokens, {learned:,} of them learned, {len(steps)} steps")
-    print(f"packs: {len(lengths)} of at most {max(lengths):,} tokens, padding {padding(steps, world):.1%}")
-    C, F, V, L = config.dim, config.mlp_dim, config.vocab_size, config.n_layers
-    heads, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    n_weights = L * C * (2 * heads + 2 * kv + 3 * F) + V * C * (1 if config.tie_embeddings else 2)
-    # What a layer keeps of a token for its gradient; with --checkpointing its input, and all of one layer.
-    kept = 6 * C + 3 * heads + 3 * kv + 4 * F
-    kept = (C * L + kept if args.checkpointing else kept * L) * dtype.itemsize
-    # A weight, its gradient and two moments take 4 bytes each.
-    memory = 16 * n_weights / world + max(lengths) * kept + 4 * V * C + 3 * 4 * CHUNK
-    factors = {"a": torch.randn(2048, C, device=device).to(dtype), "b": torch.randn(C, F, device=device).to(dtype)}
-    product = Timer("a @ b", globals=factors, num_threads=torch.get_num_threads()).timeit(5).median  # seconds
+    print(f"packs: {len(packs)} of at most {longest:,} tokens, padding {padding(steps, world):.1%}")
+    print_memory(config, longest, max(sum(learned_tokens(pack)) for pack in packs), args, process)
     work = flops(config, tokens, learned, sum(length_of(row) ** 2 for row in rows)) * n_steps / len(steps)
-    seconds = work / (0.7 * world * 2 * 2048 * C * F / product)  # of what one product reaches, 70% has been seen
-    print(f"{n_steps} steps: about {memory / 2**30:.1f} GiB a process and {seconds / 60:,.1f} minutes")
+    minutes = work / (0.7 * world * speed(config, 2048, device, dtype)) / 60  # 70% of what one product reaches was seen
+    print(f"{n_steps} steps: about {minutes:,.1f} minutes")
+
+
+def dry_run_of_data(config, tokenizer, args, process):
+    """The same for data that are not there yet, and so for a training of which nothing is known but --max-length."""
+    n, longest = len(sample.load_problems(args.data, args.limit)), args.max_new_tokens
+    longest = longest or tokenizer.generation_config.get("max_new_tokens") or SamplingParams.max_new_tokens
+    of_teacher = n * args.k + (n if args.teacher != args.model else 0)
+    samples = f"{n * args.n:,} samples of {args.model}, {of_teacher:,} of {args.teacher}"
+    work = 2 * count(config) * n * args.n * longest
+    minutes = work / (0.5 * process.world * speed(config, 64, process.device, process.dtype)) / 60
+    print(f"{args.data}: {n:,} problems; {samples}, each of at most {longest:,} tokens")
+    print(f"those of {args.model}: at most about {minutes:,.0f} minutes on {process.device}")
+    print_memory(config, args.max_length, args.max_length, args, process)
+    print("the rows are made by these commands; once they have run, --dry-run can count them")
+
+
+def print_memory(config, tokens, learned, args, process):
+    """Print what training on packs of so many tokens takes of the memory of each process."""
+    on_device, on_host = training_memory(config, tokens, learned, process, args.checkpointing, CHUNK)
+    where = f"{on_host / 2**30:.1f} GiB of the machine's"
+    if process.device.type != "cpu":
+        where = f"{on_device / 2**30:.1f} GiB on {process.device} and {where}"
+    print(f"training: {count(config) / 1e6:,.1f} M weights; about {where} for each of {process.world} processes")
+
+
+def speed(config, rows, device, dtype):
+    """Floating-point operations a second of one matrix product of the MLP, for so many rows."""
+    a, b = (torch.randn(*x, device=device).to(dtype) for x in ((rows, config.dim), (config.dim, config.mlp_dim)))
+    product = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
+    return 2 * rows * config.dim * config.mlp_dim / product.timeit(5).median
 
 
 def draw_losses(log_path, path):
@@ -657,6 +692,8 @@ def read_flags(argv):
     add("--data", help="training problems, as in sample.py (default: in hub.py's table)")
     add("--limit", type=int, help="only the first so many problems")
     add("-n", "--n", type=int, default=4, help="candidates a problem (default: 4)")
+    add("-k", "--k", type=int, default=1, help="refinements a problem by the teacher (default: 1)")
+    add("--tensor-parallel", type=int, default=1, metavar="N", help="processes that the teacher is shared among (1)")
     add("--max-new-tokens", type=int, help="of the data that are made (default: as in sample.py)")
     add("--solve", metavar="FILE", help="candidates file whose right solutions to learn from")
     add("--refine", metavar="FILE", help="refined file whose right refinements to learn from")
@@ -682,7 +719,7 @@ def read_flags(argv):
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto: CUDA if there is a GPU, else cpu")
     args = parser.parse_args(argv)
-    sizes = ("limit", "n", "max_new_tokens", "epochs", "steps", "batch_size", "max_length", "save_every", "keep")
+    sizes = ("limit", "n", "k", "tensor_parallel", "max_new_tokens", "epochs", "steps", "batch_size", "max_length", "save_every", "keep")
     sample.check_flags(args, *sizes)
     _, teacher, data, lr = ALIASES.get(args.model, (None, None, "gsm8k-train", 1e-5))
     args.teacher, args.data, args.lr = args.teacher or teacher, args.data or data, lr if args.lr is None else args.lr
@@ -721,7 +758,7 @@ def check_out(out, made_by):
 def main(argv=None):
     args = read_flags(argv)
     device, source = pick_device(args.device, "auto")[0], find_model(args.model)
-    config = Config.from_dict(read_json(source / "config.json"))
+    config = read_config(source)
     if (args.max_length or 0) > config.context:
         raise InputError(f"--max-length {args.max_length}: the context of {args.model} is {config.context}; lower it")
     args.max_length = args.max_length or min(4096, config.context)
@@ -734,6 +771,9 @@ def main(argv=None):
             check_out(args.out, {name: getattr(args, name) for name in SETTINGS})
         if any(paths := data_files(args)):
             run(args, paths, config, tokenizer, overlaps, device)
+        elif FIRST:
+            process = Process(device, compute_dtype(device), 0, int(os.environ.get("WORLD_SIZE", 1)))
+            dry_run_of_data(config, tokenizer, args, process)
         if dist.is_initialized():
             wait()
             dist.destroy_process_group()
@@ -741,13 +781,17 @@ def main(argv=None):
         files.unlock(args.out)
 
 
+def compute_dtype(device):
+    """What a device trains in: bfloat16 on a GPU that has it."""
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
+
+
 def run(args, paths, config, tokenizer, overlaps, device):
     """Read the rows, train on them and save the model, or say what that would take."""
     out = args.out
     examples = [read_examples(path, task) if path and FIRST else [] for task, path in enumerate(paths)]
+    known = [fingerprint(tokenizer.folder, kind) for kind in (torch.float32, torch.bfloat16, torch.float16)]
     if not args.dry_run:
-        model, _ = load(tokenizer.folder, "cpu", torch.float32)  # also for a GPU: see prepare()
-        known = [fingerprint(model, kind) for kind in (torch.float32, torch.bfloat16, torch.float16)]
         by = read_json(meta_path(paths[1])).get("candidates_by") if paths[1] and meta_path(paths[1]).exists() else None
         if by and by not in known:
             advice = f"refine this one's, or delete {meta_path(paths[1])} to learn from them all the same"
@@ -759,13 +803,12 @@ def run(args, paths, config, tokenizer, overlaps, device):
     if world > 1:
         dist.broadcast_object_list(box)
     rows, held, counts = box[0]
-    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
-    process = Process(device, dtype, rank, world)
+    process = Process(device, compute_dtype(device), rank, world)
     if args.dry_run:
         return dry_run(config, rows, tokenizer, args, process) if rank == 0 else None
     content = [[[row.task, row.prompt, row.completion] for row in part] for part in (rows, held)]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    made_by = {"student": known[0], "rows": digest, "dtype": str(dtype).removeprefix("torch.")}
+    made_by = {"student": known[0], "rows": digest, "dtype": str(process.dtype).removeprefix("torch.")}
     made_by |= {name: getattr(args, name) for name in SETTINGS}
     check_out(out, made_by)
     record = {**made_by, "model": args.model, "solve": paths[0], "refine": paths[1], "flags": vars(args)}
@@ -776,10 +819,8 @@ def run(args, paths, config, tokenizer, overlaps, device):
         write_json(meta_path(out), {**meta, "complete": trained})
     if trained:
         return print(f"{out}: trained already") if rank == 0 else None
-    if device.type == "cuda" and not dist.is_initialized():
-        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        record["spent"] = train(model, tokenizer, rows, held, args, process, made_by)
+        model, record["spent"] = train(tokenizer, rows, held, args, process, made_by)
     except torch.OutOfMemoryError:
         raise InputError("the device's memory is full; lower --max-length or give --checkpointing")
     with writing(out):

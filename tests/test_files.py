@@ -190,7 +190,7 @@ def test_readers_that_have_seen_enough():
 
 def test_imports_run_one_way():
     """Guards against: a file at the bottom that imports one above it, and so is loaded twice when run as a script."""
-    order = ("files", "grade", "model", "hub", "sample", "refine", "train")
+    order = ("files", "grade", "model", "hub", "parallel", "sample", "refine", "train")
     above = {name: set(order[i + 1 :]) | {"evaluate"} for i, name in enumerate(order)}
     above["model"] |= {"grade"}
     above |= {"evaluate": {"model", "refine", "train"}, "figures": {*order, "evaluate"}}

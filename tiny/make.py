@@ -53,7 +53,8 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from model import Config, Decoder, SamplingParams, generate, load, save  # noqa: E402
+from model import Config, Decoder, SamplingParams, generate, load  # noqa: E402
+from parallel import save  # noqa: E402
 from refine import REFINE_PROMPT, refinement_message  # noqa: E402
 from sample import SOLVE_PROMPT  # noqa: E402
 

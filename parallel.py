@@ -1,0 +1,212 @@
+"""A model on several devices: which part of it each process holds, in what memory, and how it is written.
+
+    torchrun --nproc-per-node=4 sample.py --model qwen-72b --tensor-parallel 4 ...    one model on four GPUs
+    torchrun --nproc-per-node=8 train.py --model qwen-7b                              eight parts of all weights
+
+Two ways to cut a matrix, for two purposes:
+
+    load_share     sampling (tensor parallel, arXiv 1909.08053): of each layer a process has some heads of the
+                   attention and some channels of the MLP, and computes with them alone. What they add to the hidden
+                   state is summed over the processes, twice a layer. All of them draw the same tokens.
+    load_sharded   training (FSDP2, arXiv 2304.11277): a process has some rows of every matrix, of its gradient and
+                   of its moments, and gathers all rows of a layer while it computes that layer on tokens of its own.
+
+Both read from the files no more than what the process keeps. `save` writes a model that is held in such parts.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from files import InputError
+from model import TOKENIZER_FILES, Decoder, checkpoint_rows, free_memory, materialise, read_config, read_weights
+
+# Layers of a checkpoint whose output is cut, and layers whose input is: the second of each pair sums over it.
+BY_OUTPUT, BY_INPUT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
+
+
+def shapes(config, dtype=torch.float32):
+    """A Decoder without memory: its weights are shapes alone, to be counted or to be filled later."""
+    with torch.device("meta"):
+        return Decoder(config).to(dtype)
+
+
+def count(config):
+    """The number of parameters."""
+    return sum(weight.numel() for weight in shapes(config).parameters())
+
+
+def wait():
+    """Return when all processes have come to it."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# ------------------------------------------------------------------------------------------------
+# Sampling: tensor parallel
+
+
+def share_of(config, world):
+    """The Config of what one of `world` processes computes: fewer heads, a narrower MLP."""
+    numbers = {"n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads, "mlp_dim": config.mlp_dim}
+    for name, n in numbers.items():
+        if n % world:
+            raise InputError(f"--tensor-parallel {world}: the model's {name} is {n}, no multiple of it; choose another")
+    return dataclasses.replace(config, **{name: n // world for name, n in numbers.items()})
+
+
+def check_fits(name, config, dtype, device, world):
+    """InputError where the weights are more than the memory that is free on the device, before any is read."""
+    need, free = count(share_of(config, world)) * dtype.itemsize, free_memory(device)
+    if need > 0.95 * free:
+        most = math.gcd(config.n_heads, config.n_kv_heads, config.mlp_dim)
+        good = [n for n in range(world + 1, most + 1) if most % n == 0]
+        enough = [n for n in good if count(share_of(config, n)) * dtype.itemsize < 0.8 * free]
+        what = f"{need / 1e9:.1f} GB of weights, and {device} has {free / 1e9:.1f} GB free"
+        how = "take a smaller model"
+        if enough:
+            how = f"share them: torchrun --nproc-per-node={enough[0]}, and --tensor-parallel {enough[0]}"
+        raise InputError(f"--model {name}: {what}; {how}")
+
+
+def load_share(folder, device, dtype, rank, world):
+    """The part of a folder's model that process `rank` of `world` computes -> Decoder, once its `group` is set.
+
+    Embeddings, norms and the output matrix are in all of them: each has all hidden states and all logits.
+    """
+    whole = read_config(folder)
+    model = materialise(shapes(share_of(whole, world), dtype), device)
+    targets = {}
+    for name, weight, first, n in checkpoint_rows(model):
+        rows, shape, (layer, kind) = weight.detach()[first : first + n], [n, *weight.shape[1:]], name.split(".")[-2:]
+        dim = 0 if layer in BY_OUTPUT else 1 if layer in BY_INPUT and kind == "weight" else None
+        slices = ...
+        if dim is not None:
+            size = shape[dim]
+            slices, shape[dim] = (slice(None),) * dim + (slice(rank * size, (rank + 1) * size),), size * world
+        targets[name] = rows, slices, shape
+    read_weights(Path(folder), targets, whole.tie_embeddings)
+
+    def add_up(layer, inputs, output):
+        dist.all_reduce(output, group=model.group)
+
+    def agree(memory):
+        least = torch.tensor(memory, dtype=torch.double, device=device)
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=model.group)
+        return least.item()
+
+    model.agree = agree  # with as much memory they take the same steps
+    for block in model.model.layers:
+        for layer in (block.self_attn.o_proj, block.mlp.down_proj):
+            layer.register_forward_hook(add_up)
+            if rank and layer.bias is not None:  # the sum is to have it once
+                layer.bias.detach().zero_()
+    return model
+
+
+# ------------------------------------------------------------------------------------------------
+# Training: fully sharded
+
+
+def load_sharded(folder, device, dtype, rank, world):
+    """A folder's model, of which each process keeps its rows in float32, and computes in `dtype` -> Decoder."""
+    config = read_config(folder)
+    model, mesh = shapes(config), init_device_mesh(device.type, (world,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    targets = {}
+    for name, weight, first, n in checkpoint_rows(materialise(model, device)):
+        local = weight.detach().to_local()
+        start = rank * -(-len(weight) // world)  # which row of the weight is its first one here
+        low, high = (min(max(row, first), first + n) for row in (start, start + len(local)))
+        targets[name] = local[low - start : high - start], slice(low - first, high - first), (n, *weight.shape[1:])
+    read_weights(Path(folder), targets, config.tie_embeddings)
+    return model
+
+
+def training_memory(config, tokens, learned, process, checkpointing, chunk):
+    """Bytes that a step takes of a process's device and of the machine's memory -> (device, machine).
+
+    `tokens` is the length of the longest pack, `learned` how many of them have a loss, `chunk` how many logits the
+    loss computes at a time. On a CPU both are the same. An estimate: within 15% of what was measured on a CPU.
+    """
+    device, dtype, _, world = process
+    C, L, V, size, gpu = config.dim, config.n_layers, config.vocab_size, dtype.itemsize, device.type != "cpu"
+    weights, outer = count(config), V * C * (1 if config.tie_embeddings else 2)
+    held = 16 * weights / world  # each weight, its gradient and two moments take 4 bytes each
+    if world == 1 and dtype != torch.float32:
+        held += size * weights  # the copy to compute with
+    if world > 1:  # what is outside the layers, and two layers: gathered, in place, gradients, and their float32
+        held += (outer + 2 * (weights - outer) / L) * (3 * size + 4) + 8 * outer
+    # What a layer keeps of a token for its gradient: the input and output of both norms (on a CPU also what is between),
+    # queries, keys and values (on a CPU keys and values for each query head, too), attention, the MLP's two channels.
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    kept = 4 * C + 2 * (q + kv) + 2 * config.mlp_dim if gpu else 6 * C + 5 * q + 2 * kv + 2 * config.mlp_dim
+    kept += (q + 2 * kv if gpu else 2 * q + 3 * kv) if config.qk_norm else 0
+    kept = C * L + kept + 2 * config.mlp_dim if checkpointing else kept * L
+    # A CPU's allocator leaves gaps. Then one layer's gradients; the loss: logits, and the gradients of two matrices.
+    step = tokens * (kept * (1 if gpu else 1.4) + 8 * config.mlp_dim) * size
+    step += min(chunk, V * learned) * (4 + size) + 3 * V * C * size
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    export = min(5e9, 4 * weights)  # a file of the result at a time
+    return held + step, base + (export if gpu else held + step)
+
+
+def save(model, folder, source, card=None, shard_bytes=5 * 10**9):
+    """Write a Hugging Face folder: the weights as they are, the rest copied from folder `source`.
+
+    Weights of more than `shard_bytes` go to several files; `card` becomes README.md. All processes of a sharded
+    model call this and write files in turns: none holds more than one of them, and one weight that it gathers. All
+    goes to a sibling folder, which is renamed at the end.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards  # slow to import
+    from safetensors.torch import save_file
+
+    folder, partial = Path(folder), Path(f"{folder}.partial")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rows = {name: (weight.detach(), first, n) for name, weight, first, n in checkpoint_rows(model)}
+    sizes = {name: weight.new_empty((n, *weight.shape[1:]), device="meta") for name, (weight, _, n) in rows.items()}
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=shard_bytes)
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    wait()
+    for number, (file, names) in enumerate(plan.filename_to_tensors.items()):
+        state = {}
+        for name in names:
+            weight, first, n = rows[name]
+            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # all take part in it
+            if number % world == rank:
+                state[name] = whole[first : first + n].to("cpu", copy=True)
+        if state:
+            save_file(state, partial / file, {"format": "pt"})
+    wait()
+    if rank:
+        return
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    raw = {**model.config.raw, "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch.")}
+    raw.pop("dtype", None)  # the newer name of the same
+    (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    if card:
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).exists():
+            shutil.copyfile(Path(source) / name, partial / name)
+    for path in partial.iterdir():
+        shutil.copymode(partial / "config.json", path)  # safetensors lets nobody but the owner read
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    os.replace(partial, folder)
