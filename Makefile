@@ -1,5 +1,6 @@
 # make setup   a virtual environment in .venv with the pinned requirements
 # make demo    the whole method on the built-in tiny model, in minutes on a CPU
+# make real    the same on a real model, on a GPU if there is one: see the variables below
 # make study   the paper's claims on the built-in tiny models, on three seeds, in about an hour; stopped, it goes on
 # make test    the tests
 # make bench   sampling and training on a CPU, beside transformers; GSR_REAL_MODEL is the folder of
@@ -8,11 +9,33 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 RUN := runs/tiny
+
+# make real: a student, its teacher (or the student's own name: it learns from its own right refinements), problems
+# to train on and to test on, each a name or a file; candidates, and the teacher's refinements, a problem.
+MODEL ?= qwen-0.5b
+TEACHER ?= qwen-7b
+TRAIN ?= gsm8k-train
+TEST ?= gsm8k
+N ?= 4
+K ?= 1
+# The first so many problems: LIMIT=500, or LIMIT="1000 300" for 1,000 to train on and 300 to test on; empty: all.
+LIMIT ?=
+# Tokens of a completion at most (empty: what the model says), more flags for train.py, processes, one on each GPU.
+TOKENS ?=
+TRAINING ?=
+GPUS ?= 1
+# Everything is written here; with other settings, choose another.
+OUT ?= runs/real/$(notdir $(MODEL))
+RUN_ON = $(if $(filter-out 1,$(GPUS)),.venv/bin/torchrun --nproc-per-node=$(GPUS),$(PY))
+TOKENS_FLAG = $(if $(TOKENS),--max-new-tokens $(TOKENS))
+TEST_FLAGS = --data $(TEST) $(if $(LIMIT),--limit $(lastword $(LIMIT))) -n $(N) $(TOKENS_FLAG)
+TRAIN_FLAGS = --model $(MODEL) --teacher $(TEACHER) --data $(TRAIN) $(if $(LIMIT),--limit $(firstword $(LIMIT))) \
+	-n $(N) -k $(K) $(TOKENS_FLAG) $(TRAINING) --out $(OUT)/trained
 # Threads that wait for each other sleep instead of spinning: beside other work that is two to five times as fast.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 setup: .venv/installed
-.PHONY: setup demo study test bench bench-gpu
+.PHONY: setup demo real study test bench bench-gpu
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -32,6 +55,15 @@ demo: .venv/installed
 	$(PY) sample.py --model $(RUN)/trained --out $(RUN)/after.candidates.jsonl
 	$(PY) refine.py --model $(RUN)/trained --candidates $(RUN)/after.candidates.jsonl
 	$(PY) evaluate.py $(RUN)/before.refined.jsonl $(RUN)/after.refined.jsonl --out $(RUN)
+
+real: .venv/installed
+	$(RUN_ON) train.py $(TRAIN_FLAGS) --dry-run
+	$(RUN_ON) sample.py --model $(MODEL) $(TEST_FLAGS) --out $(OUT)/before.candidates.jsonl
+	$(RUN_ON) refine.py --model $(MODEL) --candidates $(OUT)/before.candidates.jsonl $(TOKENS_FLAG)
+	$(RUN_ON) train.py $(TRAIN_FLAGS)
+	$(RUN_ON) sample.py --model $(OUT)/trained $(TEST_FLAGS) --out $(OUT)/after.candidates.jsonl
+	$(RUN_ON) refine.py --model $(OUT)/trained --candidates $(OUT)/after.candidates.jsonl $(TOKENS_FLAG)
+	$(PY) evaluate.py $(OUT)/before.refined.jsonl $(OUT)/after.refined.jsonl --out $(OUT)
 
 study: .venv/installed
 	$(PY) tiny/study.py

@@ -38,7 +38,8 @@ BENCHMARKS = {
     "minerva": ("math-ai/minervamath", "test.jsonl", "data/test-00000-of-00001.parquet"),
     "knights": (None, str(HERE / "tiny" / "knights.jsonl")),
 }
-# short name -> where it is; train.py's defaults for it: teacher, training problems, learning rate
+# short name -> where it is; train.py's defaults for it: teacher, training problems, learning rate.
+# On GPUs of 80 GB qwen-32b and qwen3-32b (66 GB of weights) want 2 (--tensor-parallel 2), qwen-72b 4, the others 1.
 ALIASES = {
     "tiny": (str(HERE / "tiny" / "qwen3-w96"), "tiny-teacher", "tiny-train", 1e-3),
     "tiny-teacher": (str(HERE / "tiny" / "qwen3-w192"), "tiny-teacher", "tiny-train", 1e-3),
@@ -129,7 +130,7 @@ def find_model(name, flag="--model"):
 
 
 def pick_device(device, dtype):
-    """The flags --device and --dtype -> (torch.device, torch.dtype); "auto" is CUDA and bfloat16 if there is a GPU."""
+    """The flags --device and --dtype -> (torch.device, torch.dtype); "auto": CUDA and bfloat16 where they are."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":  # of the processes that torchrun starts on a machine, each takes a GPU
@@ -140,8 +141,9 @@ def pick_device(device, dtype):
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--device {device}: not usable here ({str(e).splitlines()[0]}); try --device cpu")
-    if dtype == "auto":
-        dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    if dtype == "auto":  # GPUs before the A100 have no bfloat16
+        new = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(False)
+        dtype = "bfloat16" if new else "float32"
     return torch.device(device), getattr(torch, dtype)
 
 

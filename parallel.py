@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.benchmark import Timer
 
 from files import InputError
 from model import TOKENIZER_FILES, Decoder, checkpoint_rows, free_memory, materialise, read_config, read_weights
@@ -135,8 +136,23 @@ def load_sharded(folder, device, dtype, rank, world):
     return model
 
 
+# ------------------------------------------------------------------------------------------------
+# What training takes
+
+# bfloat16 matrix products, FLOP/s, as the makers state them (without sparsity), by a word in the device's name
+PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12}
+
+
+def flops(config, tokens, learned, squares):
+    """Floating-point operations of a step: `learned` tokens have a loss, `squares` is the sum of row lengths^2."""
+    # 6 for each weight and token (output matrix: token with a loss), 12 for each channel of half the attention pairs.
+    C, L, heads = config.dim, config.n_layers, config.n_heads * config.head_dim
+    layer = 2 * C * heads + 2 * C * config.n_kv_heads * config.head_dim + 3 * C * config.mlp_dim
+    return 6 * (L * layer * tokens + config.vocab_size * C * learned + L * heads * squares)
+
+
 def training_memory(config, tokens, learned, process, checkpointing, chunk):
-    """Bytes that a step takes of a process's device and of the machine's memory -> (device, machine).
+    """Bytes that a step takes of a process's device and of the machine's memory -> (device, machine, both in words).
 
     `tokens` is the length of the longest pack, `learned` how many of them have a loss, `chunk` how many logits the
     loss computes at a time. On a CPU both are the same. An estimate: within 15% of what was measured on a CPU.
@@ -149,7 +165,7 @@ def training_memory(config, tokens, learned, process, checkpointing, chunk):
         held += size * weights  # the copy to compute with
     if world > 1:  # what is outside the layers, and two layers: gathered, in place, gradients, and their float32
         held += (outer + 2 * (weights - outer) / L) * (3 * size + 4) + 8 * outer
-    # What a layer keeps of a token for its gradient: the input and output of both norms (on a CPU also what is between),
+    # What a layer keeps of a token for its gradient: input and output of both norms (on a CPU also what is between),
     # queries, keys and values (on a CPU keys and values for each query head, too), attention, the MLP's two channels.
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     kept = 4 * C + 2 * (q + kv) + 2 * config.mlp_dim if gpu else 6 * C + 5 * q + 2 * kv + 2 * config.mlp_dim
@@ -160,7 +176,21 @@ def training_memory(config, tokens, learned, process, checkpointing, chunk):
     step += min(chunk, V * learned) * (4 + size) + 3 * V * C * size
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     export = min(5e9, 4 * weights)  # a file of the result at a time
-    return held + step, base + (export if gpu else held + step)
+    on_device, on_host = held + step, base + (export if gpu else held + step)
+    where = f"{on_device / 2**30:.1f} GiB on {device} and " if gpu else ""
+    where += f"{on_host / 2**30:.1f} GiB of the machine's memory for each of {world} processes"
+    return on_device, on_host, f"training: {weights / 1e6:,.1f} M weights; about {where}"
+
+
+def speed(config, rows, device, dtype):
+    """Floating-point operations a second of one matrix product of the MLP, for so many rows."""
+    a, b = (torch.randn(*x, device=device).to(dtype) for x in ((rows, config.dim), (config.dim, config.mlp_dim)))
+    product = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
+    return 2 * rows * config.dim * config.mlp_dim / product.timeit(5).median
+
+
+# ------------------------------------------------------------------------------------------------
+# Export
 
 
 def save(model, folder, source, card=None, shard_bytes=5 * 10**9):

@@ -28,6 +28,7 @@ Without --solve and --refine the commands that are printed first make what is mi
 student's candidates, the teacher's solutions and its refinements. Beside the result OUT are OUT.metrics.jsonl,
 OUT.loss.png, OUT.meta.json and OUT.checkpoints/step-N. Random numbers depend on seed, epoch and id alone: a
 run that was killed and started again goes on from its newest checkpoint, to the same weights.
+One process computes with a copy of the float32 weights; several keep a part each, see parallel.py.
 Left out: dropout, LoRA, tensor and pipeline parallelism, and packs that all have the same length.
 """
 
@@ -59,7 +60,6 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.nn import LinearCrossEntropyOptions
-from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -69,13 +69,11 @@ from files import FIRST, InputError, check_same, command_line, disk_errors, meta
 from grade import Grader, answer_of, gold_answer
 from hub import ALIASES, find_model, fingerprint, pick_device, processes, versions
 from model import SamplingParams, Tokenizer, attend_causal, load, read_config, uniforms, use_varlen, varlen_attn
-from parallel import count, load_sharded, save, training_memory, wait
+from parallel import PEAKS, count, flops, load_sharded, save, speed, training_memory, wait
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # in a checkpoint of one process
 TASKS, KINDS = ("solve", "refine"), ("all wrong", "mixed", "all right")  # KINDS: of a refine row's candidates
 RECORD = {"step": int, "tokens": int, "seconds": float}  # what a checkpoint says of the run so far
-# bfloat16 matrix products, FLOP/s, as the makers state them (without sparsity), by a word in the device's name
-PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12}
 CHUNK = 2**26  # logits at a time in the loss: 256 MiB in float32
 # "Candidate 2 is right", "the last candidate", "the first two": true only of the order in the teacher's own prompt.
 ORDINALS = "first|second|third|fourth|fifth|sixth|seventh|eighth|last"
@@ -340,35 +338,25 @@ def task_losses(model, pack, scale):
     return losses.dot(scale[pack.tasks]), sums
 
 
-def flops(config, tokens, learned, squares):
-    """Floating-point operations of a step: `learned` tokens have a loss, `squares` is the sum of row lengths^2."""
-    # 6 for each weight and token (output matrix: token with a loss), 12 for each channel of half the attention pairs.
-    C, L, heads = config.dim, config.n_layers, config.n_heads * config.head_dim
-    layer = 2 * C * heads + 2 * C * config.n_kv_heads * config.head_dim + 3 * C * config.mlp_dim
-    return 6 * (L * layer * tokens + config.vocab_size * C * learned + L * heads * squares)
-
-
 # ----------------------------------------------------------------------------- Weights on many devices, and checkpoints
-def prepare(folder, process, checkpointing):
-    """A model ready to be trained -> (Decoder, {name: weight}), all of these float32.
+def prepare(model, process, checkpointing):
+    """Get a loaded model ready for training -> {name: weight}, all of them float32.
 
     One process computes with a copy of the weights in its number type; the gradients of its packs are summed in
     float32. Several keep a part of every weight each, and FSDP does the same for them.
     """
-    device, dtype, rank, world = process
-    model = load_sharded(folder, device, dtype, rank, world) if world > 1 else load(folder, device)[0]
     for block in model.model.layers:
         # Its activation is most of what a layer would keep for the gradient, and quick to compute again.
         part, name = (block, "forward") if checkpointing else (block.mlp, "down")
         again = functools.partial(checkpoint, getattr(part, name), use_reentrant=False, preserve_rng_state=False)
         setattr(part, name, again)
     weights = dict(model.named_parameters())
-    if world == 1 and dtype != torch.float32:
+    if process.world == 1 and process.dtype != torch.float32:
         for name, copy in weights.items():
             weights[name] = master = copy.detach()
-            copy.data = master.to(dtype)
+            copy.data = master.to(process.dtype)
             copy.register_post_accumulate_grad_hook(functools.partial(add_gradient, master))
-    return model, weights
+    return weights
 
 
 def add_gradient(master, copy):
@@ -531,7 +519,8 @@ def resume(source, log_path, folder, args, process):
 
     -> model, weights, optimizer, record
     """
-    model, weights = prepare(source, process, args.checkpointing)
+    model = load_sharded(source, *process) if process.world > 1 else load(source, process.device)[0]
+    weights = prepare(model, process, args.checkpointing)
     optimizer, record = start_optimizer(weights, args.lr), {"step": 0, "tokens": 0, "seconds": 0.0}
     found = whole_checkpoints(folder)[-1:]
     for path in found:
@@ -622,7 +611,8 @@ def dry_run(config, rows, tokenizer, args, process):
     n_steps = args.steps or args.epochs * len(steps)
     print(f"an epoch: {len(rows)} rows, {tokens:,} tokens, {learned:,} of them learned, {len(steps)} steps")
     print(f"packs: {len(packs)} of at most {longest:,} tokens, padding {padding(steps, world):.1%}")
-    print_memory(config, longest, max(sum(learned_tokens(pack)) for pack in packs), args, process)
+    learned_at_once = max(sum(learned_tokens(pack)) for pack in packs)
+    print(training_memory(config, longest, learned_at_once, process, args.checkpointing, CHUNK)[2])
     work = flops(config, tokens, learned, sum(length_of(row) ** 2 for row in rows)) * n_steps / len(steps)
     minutes = work / (0.7 * world * speed(config, 2048, device, dtype)) / 60  # 70% of what one product reaches was seen
     print(f"{n_steps} steps: about {minutes:,.1f} minutes")
@@ -633,29 +623,13 @@ def dry_run_of_data(config, tokenizer, args, process):
     n, longest = len(sample.load_problems(args.data, args.limit)), args.max_new_tokens
     longest = longest or tokenizer.generation_config.get("max_new_tokens") or SamplingParams.max_new_tokens
     of_teacher = n * args.k + (n if args.teacher != args.model else 0)
-    samples = f"{n * args.n:,} samples of {args.model}, {of_teacher:,} of {args.teacher}"
     work = 2 * count(config) * n * args.n * longest
     minutes = work / (0.5 * process.world * speed(config, 64, process.device, process.dtype)) / 60
+    samples = f"{n * args.n:,} samples of {args.model} (about {minutes:,.0f} minutes on {process.device} at most)"
+    samples += f", {of_teacher:,} of {args.teacher}"
     print(f"{args.data}: {n:,} problems; {samples}, each of at most {longest:,} tokens")
-    print(f"those of {args.model}: at most about {minutes:,.0f} minutes on {process.device}")
-    print_memory(config, args.max_length, args.max_length, args, process)
+    print(training_memory(config, args.max_length, args.max_length, process, args.checkpointing, CHUNK)[2])
     print("the rows are made by these commands; once they have run, --dry-run can count them")
-
-
-def print_memory(config, tokens, learned, args, process):
-    """Print what training on packs of so many tokens takes of the memory of each process."""
-    on_device, on_host = training_memory(config, tokens, learned, process, args.checkpointing, CHUNK)
-    where = f"{on_host / 2**30:.1f} GiB of the machine's"
-    if process.device.type != "cpu":
-        where = f"{on_device / 2**30:.1f} GiB on {process.device} and {where}"
-    print(f"training: {count(config) / 1e6:,.1f} M weights; about {where} for each of {process.world} processes")
-
-
-def speed(config, rows, device, dtype):
-    """Floating-point operations a second of one matrix product of the MLP, for so many rows."""
-    a, b = (torch.randn(*x, device=device).to(dtype) for x in ((rows, config.dim), (config.dim, config.mlp_dim)))
-    product = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
-    return 2 * rows * config.dim * config.mlp_dim / product.timeit(5).median
 
 
 def draw_losses(log_path, path):
@@ -719,8 +693,8 @@ def read_flags(argv):
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto: CUDA if there is a GPU, else cpu")
     args = parser.parse_args(argv)
-    sizes = ("limit", "n", "k", "tensor_parallel", "max_new_tokens", "epochs", "steps", "batch_size", "max_length", "save_every", "keep")
-    sample.check_flags(args, *sizes)
+    sizes = "limit n k tensor_parallel max_new_tokens epochs steps batch_size max_length save_every keep"
+    sample.check_flags(args, *sizes.split())
     _, teacher, data, lr = ALIASES.get(args.model, (None, None, "gsm8k-train", 1e-5))
     args.teacher, args.data, args.lr = args.teacher or teacher, args.data or data, lr if args.lr is None else args.lr
     if not (args.solve or args.refine or args.teacher):
@@ -757,7 +731,7 @@ def check_out(out, made_by):
 
 def main(argv=None):
     args = read_flags(argv)
-    device, source = pick_device(args.device, "auto")[0], find_model(args.model)
+    (device, dtype), source = pick_device(args.device, "auto"), find_model(args.model)
     config = read_config(source)
     if (args.max_length or 0) > config.context:
         raise InputError(f"--max-length {args.max_length}: the context of {args.model} is {config.context}; lower it")
@@ -770,10 +744,10 @@ def main(argv=None):
             files.lock(args.out)
             check_out(args.out, {name: getattr(args, name) for name in SETTINGS})
         if any(paths := data_files(args)):
-            run(args, paths, config, tokenizer, overlaps, device)
+            run(args, paths, config, tokenizer, overlaps, device, dtype)
         elif FIRST:
-            process = Process(device, compute_dtype(device), 0, int(os.environ.get("WORLD_SIZE", 1)))
-            dry_run_of_data(config, tokenizer, args, process)
+            world = int(os.environ.get("WORLD_SIZE", 1))
+            dry_run_of_data(config, tokenizer, args, Process(device, dtype, 0, world))
         if dist.is_initialized():
             wait()
             dist.destroy_process_group()
@@ -781,12 +755,7 @@ def main(argv=None):
         files.unlock(args.out)
 
 
-def compute_dtype(device):
-    """What a device trains in: bfloat16 on a GPU that has it."""
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
-
-
-def run(args, paths, config, tokenizer, overlaps, device):
+def run(args, paths, config, tokenizer, overlaps, device, dtype):
     """Read the rows, train on them and save the model, or say what that would take."""
     out = args.out
     examples = [read_examples(path, task) if path and FIRST else [] for task, path in enumerate(paths)]
@@ -803,7 +772,7 @@ def run(args, paths, config, tokenizer, overlaps, device):
     if world > 1:
         dist.broadcast_object_list(box)
     rows, held, counts = box[0]
-    process = Process(device, compute_dtype(device), rank, world)
+    process = Process(device, dtype, rank, world)
     if args.dry_run:
         return dry_run(config, rows, tokenizer, args, process) if rank == 0 else None
     content = [[[row.task, row.prompt, row.completion] for row in part] for part in (rows, held)]

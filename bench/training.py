@@ -114,22 +114,19 @@ def ours(args):
     import model as m
     import train
 
-    device, dtype = hub.pick_device(args.device, "auto")
+    process = train.Process(*hub.pick_device(args.device, "auto"), 0, 1)
+    device = process.device
     if args.model in SHAPES:
         model = random_model(args.model, device, torch.float32)
     else:
-        model, _ = m.load(args.model)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
-        torch.distributed.init_process_group("nccl", **alone)
-    weights = train.prepare(model, device, 1, dtype, False)
+        model, _ = m.load(args.model, device)
+    weights = train.prepare(model, process, False)
     optimizer = train.start_optimizer(weights, 1e-5)
 
     def run(batches):
         rows = [row for batch in batches for row in batch]
         scale = 1 / torch.tensor(train.learned_tokens(rows), device=device)
-        packs = train.packs_of(rows, args.max_length, 1)
+        packs = [train.load_pack(pack, device) for pack in train.packs_of(rows, args.max_length, 1)]
         train.update(model, weights, optimizer, packs, scale, 1e-5)
 
     return run

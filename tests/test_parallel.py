@@ -115,7 +115,8 @@ rows = t.rows_of(*[(300, 101)] * 4)
 tokens, learned = sum(map(train.length_of, rows)), sum(train.learned_tokens(rows))
 config = model.read_config({folder!r})
 expected = parallel.training_memory(config, tokens, learned, process, {checkpointing}, train.CHUNK)[1]
-net, weights = train.prepare({folder!r}, process, {checkpointing})
+net = parallel.load_sharded({folder!r}, *process) if world > 1 else model.load({folder!r})[0]
+weights = train.prepare(net, process, {checkpointing})
 optimizer = train.start_optimizer(weights, 1e-5)
 for _ in range(2):
     packs = [train.load_pack(rows, t.CPU) for _ in range(2)]

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from conftest import ROOT, make_folder
 from test_evaluate import refined_row, write_rows
 from test_model import theirs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hub
 import model as m
@@ -286,7 +287,8 @@ def test_one_process_in_bfloat16_keeps_float32_weights():
     rows, scale = rows_of(*ROWS), torch.tensor([0.1, 0.1])
     folder = hub.find_model("tiny")
     expected = losses_of(m.load(folder)[0], rows, scale)[1]
-    model, weights = train.prepare(folder, train.Process(CPU, torch.bfloat16, 0, 1), False)
+    model = m.load(folder)[0]
+    weights = train.prepare(model, train.Process(CPU, torch.bfloat16, 0, 1), False)
     optimizer, before = train.start_optimizer(weights, 1e-3), {name: x.clone() for name, x in weights.items()}
     packs = [train.load_pack(part, CPU) for part in (rows[:3], rows[3:])]
     sums, norm = train.update(model, weights, optimizer, packs, scale, 1e-5)
@@ -296,6 +298,66 @@ def test_one_process_in_bfloat16_keeps_float32_weights():
     # Steps of 1e-5 are less than bfloat16 could add to most weights.
     assert min((weights[n] != before[n]).float().mean().item() for n in before if "layers" in n) > 0.9
     assert all(torch.equal(x, weights[name].bfloat16()) for name, x in model.named_parameters())
+
+class Operators(TorchDispatchMode):
+    """Counts what torch is asked to do, by name; what makes the host wait for a device is an error."""
+    WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "unique", "masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.count = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert not name.startswith(self.WAITS), f"{name}: the host waits for the device"
+        self.count[name] = self.count.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_operators_of_a_step(student, monkeypatch):
+    """Guards against: a wait between packs, weights that are cast for every pack, a product that is computed twice.
+
+    What one GPU does, on a CPU with bfloat16; lists of numbers become tensors before the step begins.
+    """
+    counts = []
+    for n_packs in (1, 2, 3):
+        model = m.load(student)[0]
+        weights = train.prepare(model, train.Process(CPU, torch.bfloat16, 0, 1), False)
+        optimizer = train.start_optimizer(weights, 1e-4)
+        packs = [train.load_pack(rows_of(*ROWS)[:2], CPU) for _ in range(n_packs)]
+        with monkeypatch.context() as patch, Operators() as operators:
+            patch.setattr(train, "load_pack", lambda *_: pytest.fail("made within the step"))
+            train.update(model, weights, optimizer, packs, torch.ones(2), 1e-4)
+        counts.append(operators.count)
+    first, more, again = counts
+    layers = model.config.n_layers
+    of_a_pack = {name: n - first.get(name, 0) for name, n in more.items() if n != first.get(name, 0)}
+    assert of_a_pack == {name: n - more.get(name, 0) for name, n in again.items() if n != more.get(name, 0)}
+    products = of_a_pack.get("mm", 0) + of_a_pack.get("addmm", 0)
+    # Four matrices and their two gradients, none of them again; the loss, in its backward pass: logits, two gradients.
+    assert products == 3 * 4 * layers + 3
+    # Cosine and sine, and the losses; norms of a CPU are computed in float32, those of a GPU are one kernel.
+    assert of_a_pack["_to_copy"] <= 4 + 16 * layers
+    assert first["copy_"] - of_a_pack.get("copy_", 0) >= len(weights)  # the copies follow the weights, once a step
+    assert of_a_pack.get("copy_", 0) < len(weights)
+
+
+def test_packs_are_on_the_device_before_their_step(student, monkeypatch):
+    """Guards against: lists that become tensors while a GPU waits, or memory from which it cannot copy alone."""
+    moved = []
+
+    class Tensor(torch.Tensor):
+        def pin_memory(self):
+            return self
+
+        def to(self, device, non_blocking=False):
+            moved.append((device.type, non_blocking))
+            return self
+
+    monkeypatch.setattr(torch, "tensor", lambda *a, f=torch.tensor, **k: f(*a, **k).as_subclass(Tensor))
+    rows = rows_of(*ROWS)
+    pack = train.load_pack(rows, torch.device("cuda:1"))
+    assert moved == [("cuda", True)] * 6 and sum(pack.lengths) == len(pack.ids) == pack.ends[-1]
 
 
 SHARDED = """
@@ -312,7 +374,8 @@ rank, world, _, _ = hub.processes(t.CPU, "test")
 rows, scale = t.rows_of(*t.ROWS), torch.tensor([0.1, 0.2])
 for dtype in (torch.float32, torch.bfloat16):
     process = train.Process(t.CPU, dtype, rank, world)
-    model, weights = train.prepare({folder!r}, process, False)
+    model = parallel.load_sharded({folder!r}, *process) if world > 1 else t.m.load({folder!r})[0]
+    weights = train.prepare(model, process, False)
     optimizer = train.start_optimizer(weights, 1e-3)
     packs = [[rows[0], rows[1]], [rows[2], rows[3]], [rows[4]], [rows[5]]]
     losses = []
