@@ -48,7 +48,7 @@ import numpy as np
 
 from figures import BLUE, GREY, as_markdown, as_text, cell, correlations, draw, tables_of
 from files import InputError, command_line, disk_errors, each_row, meta_path, read_json, write_json, write_text
-from grade import Grader, answer_of, as_fraction, gold_answer, normalise, strip_thinking
+from grade import Grader, as_fraction, extract_answer, gold_answer, normalise, strip_thinking
 
 # ------------------------------------------------------------------------------------------------
 # Voting
@@ -246,6 +246,7 @@ class Outcomes:
     refined_tokens: np.ndarray  # [S, P, K]
     refined_cut: np.ndarray  # [S, P, K]
     refined_prompt_tokens: np.ndarray  # [S, P, K]
+    copied: np.ndarray  # [S, P, K] has the text of one of the candidates
     order: np.ndarray  # [S, P, K, N]: which candidate stood at which place of the prompt, -1 for none
 
 
@@ -292,10 +293,14 @@ def read_problem(row, where):
         if not isinstance(shown, list) or not all(i in range(len(places)) and shown.count(i) == 1 for i in shown):
             raise InputError(f"{where}: the order {reprlib.repr(shown)} is not one of its {len(places)} candidates")
         places[: len(shown)] = shown
+    texts = [strip_thinking(item["text"], str(row.get("prompt") or "")) for item in candidates]
+    refined = [strip_thinking(item["text"], str(item.get("prompt") or "")) for item in refinements]
+    originals = set(texts) - {""}  # nobody copies a candidate that is all thought: no prompt shows it
     return {
         "answer": gold_answer(row.get("answer")),
-        "answers": [answer_of(candidate, str(row.get("prompt") or "")) for candidate in candidates],
-        "refinements": [answer_of(refinement, str(refinement.get("prompt") or "")) for refinement in refinements],
+        "answers": [extract_answer(text) for text in texts],
+        "refinements": [extract_answer(text) for text in refined],
+        "copied": np.array([text in originals for text in refined], dtype=float),
         "prompt_tokens": numbers([row], "n_prompt_tokens", where),
         **{field: numbers(candidates, key, where) for field, key in CANDIDATE.items()},
         **{field: numbers(refinements, key, where) for field, key in REFINEMENT.items()},
@@ -492,6 +497,27 @@ def order_sensitivity(x):
     return {"changed": mean(differ[other]), "pairs": int(other.sum()), "at_place": at_place}
 
 
+def agreement(votes):
+    """How far candidates agree: votes [S, P, N] -> {name: [S, P]}, of which one is true of each problem.
+
+    Of N candidates, those without an answer are in no class: all in one class, more than half, some votes, none.
+    """
+    N, most = votes.shape[2], class_sums(votes, np.ones(votes.shape)).max(2)  # [S, P]
+    above = {"unanimous": most == N, "majority": (most < N) & (2 * most > N)}
+    return above | {"split": (most > 0) & (2 * most <= N), "none": most == 0}
+
+
+def count(values, at):
+    """values, at [S, P] -> [how many of them, of how many] where `at` is true."""
+    total = round(float(values[at].sum()), 6)
+    return [int(total) if total.is_integer() else total, int(at.sum())]
+
+
+def flips(maj, refined, at=True):
+    """How many votes the refinement turns around, where `at` is true: credits maj, refined [S, P] -> two counts."""
+    return {"wrong_to_right": count(refined, at & (maj == 0)), "right_to_wrong": count(1 - refined, at & (maj == 1))}
+
+
 def about_refinement(x, credits, columns, draws, costs):
     """What report.json says about refinements, from the methods' credits [S, P], means over seeds and their draws."""
     maj, refined, right = credits["maj@N"], credits["refined"], (x.votes == 0).sum(2)  # [S, P]
@@ -502,10 +528,6 @@ def about_refinement(x, credits, columns, draws, costs):
 
     def against(other):  # the gap between the refinement and some vote
         return {"points": mean(columns["refined"] - columns[other]), "ci95": interval(draws["refined"] - draws[other])}
-
-    def count(values, at):  # [how many of them, of how many]
-        total = round(float(values[at].sum()), 6)
-        return [int(total) if total.is_integer() else total, int(at.sum())]
 
     for name, cost in costs.items():
         if "credit" in cost:
@@ -526,6 +548,10 @@ def about_refinement(x, credits, columns, draws, costs):
             "tied": count(refined, (maj > 0) & (maj < 1)),
             "majority_right_broken": count(1 - refined, maj == 1),
         },
+        "flips": {
+            **flips(maj, refined),
+            "by_agreement": {name: flips(maj, refined, at) for name, at in agreement(x.votes).items()},
+        },
         "order": order_sensitivity(x),
     }
 
@@ -544,7 +570,7 @@ def report_row(name, x, metas):
     columns = {method: credit.mean(0) for method, credit in credits.items()}  # [P] each, over seeds
     columns |= {kind: cost["credit"] for kind, cost in costs.items() if "credit" in cost}
     draws = dict(zip(columns, bootstrap(np.stack(list(columns.values()), 1)).T))  # [draws] each
-    unknown = dict.fromkeys(("refined", "gap", "equal_cost", "rescued", "order"))
+    unknown = dict.fromkeys(("refined", "gap", "equal_cost", "rescued", "flips", "order"))
     spent = {"candidates": x.tokens, "refinement": x.refined_tokens}
     spent |= {"prompt": x.prompt_tokens, "refinement_prompt": x.refined_prompt_tokens}
 
@@ -571,9 +597,11 @@ def report_row(name, x, metas):
             {"correct": c, "problems": int(at.sum()), "maj": mean(maj[at]), "refined": mean(refined[at])}
             for c, at in enumerate(right == np.arange(N + 1)[:, None, None])  # [N + 1, S, P]
         ],
-        "unanimous": mean((x.votes == x.votes[:, :, :1]).all(2) & (x.votes[:, :, 0] >= 0)),
+        "unanimous": mean(agreement(x.votes)["unanimous"]),
+        "copied": mean(x.copied),
         "answered": both(x.votes >= 0, x.refined >= 0),
         "cut_off": both(x.cut, x.refined_cut),
+        "unboxed": both((x.votes < 0)[x.cut == 0], (x.refined < 0)[x.refined_cut == 0]),  # of those that ended
         "length": both(x.tokens, x.refined_tokens),
         "tokens": {key: mean(tokens.sum(2)) if tokens.size else None for key, tokens in spent.items()},
         "seconds": {stage: seconds(stage) for stage in ("candidates", "refinement")},
@@ -599,9 +627,24 @@ def notes(rows, found, grader):
     text += correlations(found)
     if bare := [row["name"] for row in rows if not row["k"]]:
         text.append(f"No Refinement Gap for {', '.join(bare)}: there are no refinements; refine.py makes them.")
+    makers = {"candidates": "sample.py", "refinements": "refine.py"}
+    for row, (kind, script) in itertools.product(rows, makers.items()):
+        cut, unboxed = row["cut_off"][kind] or 0, row["unboxed"][kind] or 0
+        if cut >= 0.1:
+            what = f"{row['name']}: {cut:.0%} of the {kind} were cut off by the length limit"
+            text.append(f"{what}, and a cut-off one seldom has an answer; give {script} a larger --max-new-tokens.")
+        if unboxed >= 0.1:
+            what = f"{row['name']}: {unboxed:.0%} of the {kind} that were not cut off have no answer"
+            text.append(rf"{what}: the model does not put it in a box, \boxed{{...}}, so that grading sees none.")
     if n := len(grader.stuck):
         text.append(f"{n} comparisons took longer than {grader.limit:g} s or crashed, and count as unequal.")
     return text
+
+
+def say(*parts, sep="\n"):
+    """Print texts, with a ? for what this terminal cannot show."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(sep.join(parts).encode(encoding, "replace").decode(encoding))
 
 
 def show(identity, path, limit):
@@ -631,7 +674,7 @@ def show(identity, path, limit):
     parts.append(as_text("", lines, "votes: candidates with the same answer; logprob: mean a token"))
     for (kind, mark, *_), item in zip(lines[1:], items):
         parts.append(f"\n--- {kind}: {mark}\n{strip_thinking(item['text'])}")
-    print("\n".join(parts).encode(errors="replace").decode())  # a text may hold what no terminal can show
+    say(*parts)
 
 
 def named_files(words):
@@ -666,8 +709,8 @@ def report(words, out, limit):
         figures = draw(rows, METHODS, found, out)
     parts = ["# Report", *(as_markdown(*table) for table in tables), *(f"- {sentence}" for sentence in sentences)]
     write_text(out / "report.md", "\n\n".join([*parts, *(f"![{name}]({name})" for name in figures)]) + "\n")
-    print("", *(as_text(*table) for table in tables), sep="\n\n")
-    print("", *itertools.chain(*(textwrap.wrap(sentence, 100) for sentence in sentences)), sep="\n")
+    say("", *(as_text(*table) for table in tables), sep="\n\n")
+    say("", *itertools.chain(*(textwrap.wrap(sentence, 100) for sentence in sentences)))
     print(f"{out}: report.json, report.md, {', '.join(figures)} written ({time.time() - started:.0f} s)")
 
 

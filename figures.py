@@ -1,4 +1,4 @@
-"""Tables and figures of what report.json says; evaluate.py prints and writes them.
+"""Tables and figures of what report.json says; evaluate.py prints and writes them. And the losses of train.py.
 
 `rows` are those of report.json, and `methods` are METHODS of evaluate.py, with their names and how they are drawn.
 """
@@ -95,6 +95,18 @@ TABLES = [
             "first / last": lambda row: cell("{:.1%}", *(row["order"]["at_place"][i][0] for i in (0, -1))),
         },
         "rescued",
+    ),
+    Table(
+        "What becomes of the vote",
+        "wrong → right: problems that the refinement gets right, of those that the vote gets wrong; right → wrong: "
+        "problems that it gets wrong, of those that the vote solves; a tied vote is neither; copied: refinements whose "
+        "text, without thoughts, is that of one of the candidates",
+        {
+            "wrong → right": lambda row: "{:.4g} / {}".format(*row["flips"]["wrong_to_right"]),
+            "right → wrong": lambda row: "{:.4g} / {}".format(*row["flips"]["right_to_wrong"]),
+            "copied": lambda row: cell("{:.1%}", row["copied"]),
+        },
+        "flips",
     ),
     Table(
         "Answers and cost of a problem: candidates / refinements",
@@ -324,3 +336,18 @@ def draw(rows, methods, scaling, out):
                 fig.savefig(out / name, dpi=150)
                 drawn.append(name)
     return drawn
+
+
+def draw_losses(lines, tasks, path):
+    """The losses of both tasks over the steps of train.py, lines of its log, in training and validation."""
+    from matplotlib.figure import Figure  # slow to import
+
+    axes = Figure(figsize=(7, 4), layout="constrained").subplots()
+    for task, color, line_style, marker in zip(tasks, (BLUE, "#d55e00"), ("-", "--"), ("o", "s")):
+        for key, style in (("loss", line_style), ("validation", marker)):
+            points = [(line["step"], line[f"{key}_{task}"]) for line in lines if line.get(f"{key}_{task}") is not None]
+            if points:
+                axes.plot(*zip(*points), style, color=color, mfc="none", linewidth=1, label=f"{key}, {task}")
+    axes.set(xlabel="step", ylabel="cross-entropy of a learned token, nats", ylim=(0, None))
+    axes.legend()
+    axes.figure.savefig(path, dpi=150)

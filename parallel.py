@@ -66,18 +66,18 @@ def share_of(config, world):
     return dataclasses.replace(config, **{name: n // world for name, n in numbers.items()})
 
 
-def check_fits(name, config, dtype, device, world):
+def check_fits(what, config, dtype, device, world):
     """InputError where the weights are more than the memory that is free on the device, before any is read."""
     need, free = count(share_of(config, world)) * dtype.itemsize, free_memory(device)
     if need > 0.95 * free:
         most = math.gcd(config.n_heads, config.n_kv_heads, config.mlp_dim)
         good = [n for n in range(world + 1, most + 1) if most % n == 0]
         enough = [n for n in good if count(share_of(config, n)) * dtype.itemsize < 0.8 * free]
-        what = f"{need / 1e9:.1f} GB of weights, and {device} has {free / 1e9:.1f} GB free"
+        have = f"{need / 1e9:.1f} GB of weights, and {device} has {free / 1e9:.1f} GB free"
         how = "take a smaller model"
         if enough:
             how = f"share them: torchrun --nproc-per-node={enough[0]}, and --tensor-parallel {enough[0]}"
-        raise InputError(f"--model {name}: {what}; {how}")
+        raise InputError(f"{what}: {have}; {how}")
 
 
 def load_share(folder, device, dtype, rank, world):
@@ -171,9 +171,10 @@ def training_memory(config, tokens, learned, process, checkpointing, chunk):
     kept = 4 * C + 2 * (q + kv) + 2 * config.mlp_dim if gpu else 6 * C + 5 * q + 2 * kv + 2 * config.mlp_dim
     kept += (q + 2 * kv if gpu else 2 * q + 3 * kv) if config.qk_norm else 0
     kept = C * L + kept + 2 * config.mlp_dim if checkpointing else kept * L
-    # A CPU's allocator leaves gaps. Then one layer's gradients; the loss: logits, and the gradients of two matrices.
-    step = tokens * (kept * (1 if gpu else 1.4) + 8 * config.mlp_dim) * size
-    step += min(chunk, V * learned) * (4 + size) + 3 * V * C * size
+    # A CPU's allocator leaves gaps. Beside that stands one layer's gradients, or before them the logits of the loss,
+    # and the gradients of the output matrix and of the embedding.
+    step = tokens * kept * size * (1 if gpu else 1.4) + 2 * V * C * size
+    step += max(8 * tokens * config.mlp_dim * size, min(chunk, V * learned) * (4 + size))
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     export = min(5e9, 4 * weights)  # a file of the result at a time
     on_device, on_host = held + step, base + (export if gpu else held + step)

@@ -121,7 +121,7 @@ def load_sampler(args):
     if world % share:
         raise InputError(f"--tensor-parallel {share}: start it with torchrun --nproc-per-node={share}, or a multiple")
     config = read_config(folder)
-    check_fits(args.model, config, dtype, device, share)
+    check_fits(f"--model {args.model}", config, dtype, device, share)
     tokenizer = Tokenizer(folder, config)
     params = sampling_params(args, tokenizer.generation_config)
     if share > 1:
@@ -186,16 +186,14 @@ def write_rows(args, out, rows, requests, finish, sampler, made_by, record):
     """Sample what each row asks for and write the finished rows to `out`; what is there already is kept.
 
     `requests[i]` is a list of (prompt token ids, one key for each of its samples) for row number i, and
-    `finish(i, completions)` the finished row, from a list of Completions for each request. `made_by` and `record`
-    are what the output depends on, and what else its meta file is to say, beside what stands below. The rows that
-    are missing are shared out among the processes, or among the groups of them that --tensor-parallel makes.
+    `finish(i, completions)` the finished row, from a list of Completions for each request. The meta file says `made_by`,
+    what the output depends on, and `record`. Processes, or groups of --tensor-parallel, share the rows out.
     """
     model, meta, started = sampler.model, meta_path(out), time.time()
     device, dtype = model.rope_freq.device, str(model.lm_head.weight.dtype).removeprefix("torch.")
-    weights = fingerprint(sampler.tokenizer.folder, model.lm_head.weight.dtype)
-    made_by = {**made_by, "weights": weights, "dtype": dtype, "seed": args.seed}
-    made_by["sampling"] = dataclasses.asdict(sampler.params)
-    record = {"model": args.model, **record, "flags": vars(args), "versions": versions()}
+    made_by = {**made_by, "weights": fingerprint(sampler.tokenizer.folder, model.lm_head.weight.dtype)}
+    made_by |= {"dtype": dtype, "seed": args.seed, "sampling": dataclasses.asdict(sampler.params)}
+    record |= {"model": args.model, "flags": vars(args), "versions": versions()}
     (rank, world, add, wait), share = processes(device, str(out)), args.tensor_parallel
     if share > 1:  # so many processes draw the same samples, and one of them writes
         model.group = dist.new_subgroups(share)[0]

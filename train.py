@@ -65,11 +65,12 @@ from tqdm import tqdm
 
 import refine
 import sample
+from figures import draw_losses
 from files import FIRST, InputError, check_same, command_line, disk_errors, meta_path, read_json, write_json
 from grade import Grader, answer_of, gold_answer
 from hub import ALIASES, find_model, fingerprint, pick_device, processes, versions
 from model import SamplingParams, Tokenizer, attend_causal, load, read_config, uniforms, use_varlen, varlen_attn
-from parallel import PEAKS, count, flops, load_sharded, save, speed, training_memory, wait
+from parallel import PEAKS, check_fits, count, flops, load_sharded, save, speed, training_memory, wait
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # in a checkpoint of one process
 TASKS, KINDS = ("solve", "refine"), ("all wrong", "mixed", "all right")  # KINDS: of a refine row's candidates
@@ -632,21 +633,6 @@ def dry_run_of_data(config, tokenizer, args, process):
     print("the rows are made by these commands; once they have run, --dry-run can count them")
 
 
-def draw_losses(log_path, path):
-    """The losses of both tasks over the steps, in training and validation, as a figure."""
-    from matplotlib.figure import Figure  # slow to import
-
-    lines, axes = files.whole_lines(Path(log_path))[0], Figure(figsize=(7, 4), layout="constrained").subplots()
-    for task, color, line_style, marker in zip(TASKS, ("#0072b2", "#d55e00"), ("-", "--"), ("o", "s")):
-        for key, style in (("loss", line_style), ("validation", marker)):
-            points = [(line["step"], line[f"{key}_{task}"]) for line in lines if line.get(f"{key}_{task}") is not None]
-            if points:
-                axes.plot(*zip(*points), style, color=color, mfc="none", linewidth=1, label=f"{key}, {task}")
-    axes.set(xlabel="step", ylabel="cross-entropy of a learned token, nats", ylim=(0, None))
-    axes.legend()
-    axes.figure.savefig(path, dpi=150)
-
-
 def model_card(args, record):
     """README.md of the trained folder."""
     return f"""---\nbase_model: {args.model}\nlibrary_name: transformers\n---
@@ -738,7 +724,8 @@ def main(argv=None):
     args.max_length = args.max_length or min(4096, config.context)
     tokenizer, overlaps = Tokenizer(source, config), overlap_test(args.exclude)
     if not (args.solve or args.refine or args.dry_run):
-        find_model(args.teacher, "--teacher")  # it has to be there before the student samples for hours
+        teacher = read_config(find_model(args.teacher, "--teacher"))  # it has to be there, and
+        check_fits(f"--teacher {args.teacher}", teacher, dtype, device, args.tensor_parallel)  # fit, before hours pass
     try:
         if not args.dry_run:
             files.lock(args.out)
@@ -794,7 +781,7 @@ def run(args, paths, config, tokenizer, overlaps, device, dtype):
         raise InputError("the device's memory is full; lower --max-length or give --checkpointing")
     with writing(out):
         if rank == 0:
-            draw_losses(f"{out}.metrics.jsonl", f"{out}.loss.png")
+            draw_losses(files.whole_lines(Path(f"{out}.metrics.jsonl"))[0], TASKS, f"{out}.loss.png")
             write_json(meta_path(out), {**record, "complete": False})
         # In float32: an update is often smaller than what bfloat16 can add to a weight.
         save(model, out, tokenizer.folder, model_card(args, record))

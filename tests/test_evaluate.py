@@ -245,6 +245,7 @@ def outcome_arrays(N, K):
         "refined_tokens": np.full(K, 20.0),
         "refined_cut": np.zeros(K),
         "refined_prompt_tokens": np.full(K, 30.0),
+        "copied": np.zeros(K),
         "order": order.astype(np.int16),
     }
 
@@ -316,6 +317,17 @@ def test_report_of_known_numbers(tmp_path, capsys):
         "maj@2": 1.5 / 4,
         "refined": 0.5,
         "rescued": {"all_wrong": [1, 2], "minority_right": [0, 0], "tied": [1, 1], "majority_right_broken": [1, 1]},
+        "flips": {
+            "wrong_to_right": [1, 2],
+            "right_to_wrong": [1, 1],
+            "by_agreement": {
+                "unanimous": {"wrong_to_right": [0, 1], "right_to_wrong": [1, 1]},
+                "majority": {"wrong_to_right": [0, 0], "right_to_wrong": [0, 0]},
+                "split": {"wrong_to_right": [1, 1], "right_to_wrong": [0, 0]},
+                "none": {"wrong_to_right": [0, 0], "right_to_wrong": [0, 0]},
+            },
+        },
+        "copied": 0.25,
         "by_correct": [
             {"correct": 0, "problems": 2, "maj": 0.0, "refined": 0.5},
             {"correct": 1, "problems": 1, "maj": 0.5, "refined": 1.0},
@@ -324,6 +336,7 @@ def test_report_of_known_numbers(tmp_path, capsys):
         "unanimous": 0.5,
         "answered": {"candidates": 1.0, "refinements": 1.0},
         "cut_off": {"candidates": 0.0, "refinements": None},
+        "unboxed": {"candidates": 0.0, "refinements": None},
         "tokens": {"candidates": 20.0, "refinement": 7.0, "prompt": None, "refinement_prompt": None},
     }
     assert {key: row[key] for key in expected} == expected
@@ -336,7 +349,7 @@ def test_report_of_known_numbers(tmp_path, capsys):
     assert accuracy == {"pass@1": 0.375, "maj@N": 0.375, **weighted, "refined": 0.5, "union": union, "pass@N": 0.5}
     printed = capsys.readouterr().out
     assert "1 of 5 problems have no answer" in printed and "37.5%" in printed and "1 / 2" in printed
-    assert (tmp_path / "out" / "report.md").read_text().count("\n| x |") == 6
+    assert (tmp_path / "out" / "report.md").read_text().count("\n| x |") == 7
 
 
 def test_a_file_of_candidates(tmp_path, capsys):
@@ -348,14 +361,16 @@ def test_a_file_of_candidates(tmp_path, capsys):
     assert (row["name"], row["n"], row["k"], row["pass@2"], row["maj@2"]) == ("x.candidates", 2, 0, 0.5, 0.375)
     assert list(row["methods"]) == ["pass@1", "maj@N", "weighted", "logprob", "pass@N"]
     assert row["gap"] is row["refined"] is row["equal_cost"] is row["rescued"] is row["order"] is None
+    assert row["flips"] is row["copied"] is None
     assert row["answered"] == {"candidates": 1.0, "refinements": None} and row["tokens"]["refinement"] is None
     assert row["seconds"] == {"candidates": 2.0, "refinement": None} and row["by_correct"][0]["refined"] is None
     printed = capsys.readouterr().out
     assert "No Refinement Gap for x.candidates" in printed and "At equal cost" not in printed
+    assert "What becomes of the vote" not in printed
     assert "37.5% / 50.0%" in printed and (tmp_path / "out" / "frontier.png").exists()
     both = report_of(tmp_path, path, write_rows(tmp_path / "x.refined.jsonl", KNOWN))
     assert both["rows"][0] == row and both["rows"][1]["gap"]["points"] == 0.125 and both["scaling"] is None
-    assert capsys.readouterr().out.count("\nx.candidates ") == 3  # not in the three tables about refinement
+    assert capsys.readouterr().out.count("\nx.candidates ") == 3  # not in the four tables about refinement
     with pytest.raises(InputError, match="more or fewer candidates or refinements"):
         e.main([f"{path},{tmp_path / 'x.refined.jsonl'}", "--out", str(tmp_path)])
 
@@ -477,6 +492,117 @@ def test_several_refinements_count_with_their_mean(tmp_path):
     assert row["methods"]["refined"]["tokens"] == 27.0
 
 
+def slow_flips(problems):
+    """The counts of `flips`, in plain Python, of some (answers, refined answers) to problems whose answer is "1"."""
+    found = {"wrong_to_right": [0, 0], "right_to_wrong": [0, 0]}
+    for answers, refined in problems:
+        credit = slow_vote([-1 if a is None else int(a) - 1 for a in answers])
+        if credit in (0, 1):  # else it is a tie
+            pair = found["right_to_wrong" if credit else "wrong_to_right"]
+            pair[0] += sum((a == "1") != (credit == 1) for a in refined) / len(refined)
+            pair[1] += 1
+    return found
+
+
+def slow_agreement(answers):
+    votes = [a for a in answers if a is not None]
+    most = max(map(votes.count, votes), default=0)
+    return "none" if not votes else next((k for k, n in (("unanimous", 4), ("majority", 3)) if most >= n), "split")
+
+
+def test_votes_that_the_refinement_turns_around(tmp_path):
+    """Guards against: a tie taken for a right or a wrong vote, seeds left out, a problem under two kinds of agreement
+    or none, a class of half the candidates taken for a majority, a share counted without the candidates of no answer.
+    """
+    rng, seeds, every = np.random.default_rng(0), [], {}
+    for seed in range(2):
+        rows = []
+        for i, votes in enumerate(itertools.product(("1", "2", "3", None), repeat=4)):  # all there are
+            refined = [("1", "2", None)[j] for j in rng.integers(0, 3, 2)]
+            row = refined_row(i, votes, refined)
+            for item, answer in zip(row["candidates"] + row["refinements"], [*votes, *refined]):
+                item["text"] = "I do not know." if answer is None else item["text"]
+            rows.append(row)
+            every.setdefault(slow_agreement(votes), []).append((votes, refined))
+        seeds.append(write_rows(tmp_path / f"s{seed}.jsonl", rows))
+    [row] = report_of(tmp_path, ",".join(seeds))["rows"]
+    by = row["flips"].pop("by_agreement")
+    assert row["flips"] == slow_flips(itertools.chain(*every.values()))
+    assert by == {kind: slow_flips(every[kind]) for kind in ("unanimous", "majority", "split", "none")}
+    assert by["none"]["right_to_wrong"] == [0, 0] and by["none"]["wrong_to_right"][1]
+    ties = 2 * 4**4 - sum(of for _, of in row["flips"].values())
+    for name, (turned, of) in row["flips"].items():
+        parts = [pairs[name] for pairs in by.values()]
+        assert (turned, of) == (sum(p[0] for p in parts), sum(p[1] for p in parts)) and 0 < turned < of
+    assert ties == row["rescued"]["tied"][1] > 0 and row["unanimous"] == 3 / 4**4
+    shown = "| {:.4g} / {} | {:.4g} / {} |".format(*row["flips"]["wrong_to_right"], *row["flips"]["right_to_wrong"])
+    assert shown in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_refinements_that_copy_a_candidate(tmp_path):
+    """Guards against: thoughts and white space compared, too; the same answer in other words taken for a copy; two
+    texts that are all thought, of which no prompt shows the one that would have been copied."""
+    row = refined_row("a", ["1", "2"], ["1"] * 6)
+    texts = ["<think>so</think>\n It is \\boxed{1}. ", "<think>cut off"]
+    for candidate, text in zip(row["candidates"], texts):
+        candidate["text"] = text
+    texts = ["It is \\boxed{1}.", "<think>hm</think> It is \\boxed{1}.\n", "hm</think>It is \\boxed{1}.", "<think>so"]
+    for refinement, text in zip(row["refinements"], [*texts, "It is  \\boxed{1}.", "\\boxed{1}"]):
+        refinement["text"] = text
+    row["refinements"][2]["prompt"] = "...\n<think>\n"
+    [found] = report_of(tmp_path, write_rows(tmp_path / "x.jsonl", [row]))["rows"]
+    assert found["copied"] == 0.5 and "| 50.0% |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_notes_on_what_was_cut_off_and_what_has_no_box(tmp_path):
+    """Guards against: a report of a real model that scores 0 and does not say why; a note where there is no reason;
+    a cut-off text without an answer blamed on the model; a reason guessed that the file does not name."""
+    rows = [refined_row(i, ["1", "2"], ["1"]) for i in range(20)]
+    for row in rows:
+        row["refinements"][0]["finish_reason"] = "stop"
+
+    def noted():
+        report_of(tmp_path, write_rows(tmp_path / "x.jsonl", rows))
+        lines = (tmp_path / "out" / "report.md").read_text().splitlines()
+        return [line[2:] for line in lines if line.startswith("- x: ")]
+
+    assert noted() == []
+    for row, kind, text in (
+        (0, "candidates", "a"),
+        (1, "candidates", "b"),
+        (2, "candidates", "c"),
+        (3, "refinements", ""),
+    ):
+        rows[row][kind][0] |= {"text": text, "finish_reason": "length"}
+        rows[row + 9][kind][0]["text"] = text
+    assert noted() == []  # 3 of 40 and 1 of 20, cut off or not
+    rows[4]["candidates"][0]["finish_reason"] = rows[5]["refinements"][0]["finish_reason"] = "length"
+    seldom = "were cut off by the length limit, and a cut-off one seldom has an answer; give"
+    cut = [
+        f"x: 10% of the candidates {seldom} sample.py a larger --max-new-tokens.",
+        f"x: 10% of the refinements {seldom} refine.py a larger --max-new-tokens.",
+    ]
+    assert noted() == cut
+    rows[13]["refinements"][0]["text"] = "It is 1."
+    box = "that were not cut off have no answer: "
+    box += "the model does not put it in a box, \\boxed{...}, so that grading sees none."
+    assert noted() == [*cut, f"x: 11% of the refinements {box}"]  # 2 of 18
+    rows[15]["candidates"][0]["text"] = "It is 1."
+    assert noted() == [cut[0], f"x: 11% of the candidates {box}", cut[1], f"x: 11% of the refinements {box}"]  # 4 of 36
+    for item in itertools.chain(*(row["candidates"] + row["refinements"] for row in rows)):
+        del item["finish_reason"]
+    assert noted() == []
+
+
+def test_tables_on_a_terminal_without_arrows(tmp_path):
+    """Guards against: a UnicodeEncodeError in place of the tables where the terminal's signs are few."""
+    command = [sys.executable, "evaluate.py", write_rows(tmp_path / "x.jsonl", KNOWN), "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "wrong ? right" in done.stdout, done.stderr
+    assert "| wrong → right | right → wrong | copied |" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 def test_order_sensitivity(tmp_path):
     """Guards against: pairs in the same order counted, places taken for candidates."""
     rows = [
@@ -549,7 +675,8 @@ def test_report_does_not_depend_on_what_must_not_matter(tmp_path):
         return pytest.approx(value) if isinstance(value, float) else value
 
     assert 0.1 < first["maj@6"] < 0.9 and first["order"]["changed"] > 0.1
-    assert others[0] == {**first, "name": "b"}  # another name for an answer changes nothing at all
+    copied = others[0]["copied"]  # it compares texts; another name for an answer changes nothing else at all
+    assert copied < first["copied"] and others[0] == {**first, "name": "b", "copied": copied}
     assert without_draws(others[1]) == without_draws(first)  # other problems come up in a draw of the bootstrap
     assert others[1]["gap"]["ci95"] == pytest.approx(first["gap"]["ci95"], abs=0.02)
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -174,7 +175,11 @@ def test_signals_end_with_a_word(number, code, tmp_path):
 def test_ctrl_c_while_torch_is_imported():
     """Guards against: a traceback from the middle of an import, since main() has not been reached yet."""
     process = start([ROOT / "sample.py", "--limit", "1"])
-    time.sleep(0.6)
+    maps = Path(f"/proc/{process.pid}/maps")
+    for _ in range(200):  # until it is at torch's libraries, on Linux
+        time.sleep(0.02)
+        if not maps.exists() or "libtorch" in maps.read_text():
+            break
     process.send_signal(signal.SIGINT)
     printed = process.communicate()[1]
     assert "Traceback" not in printed and "goes on from here" in printed and process.returncode in (-2, 130)

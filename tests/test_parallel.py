@@ -88,7 +88,7 @@ def test_a_model_that_does_not_fit_is_one_line(shape, gpus, monkeypatch):
     parallel.check_fits("large", config, torch.bfloat16, gpu, gpus)
     if gpus > 1:
         with pytest.raises(InputError) as e:
-            parallel.check_fits("qwen-72b", config, torch.bfloat16, gpu, 1)
+            parallel.check_fits("--model qwen-72b", config, torch.bfloat16, gpu, 1)
         expected = "--model qwen-72b: 145.4 GB of weights, and cuda:0 has 84.0 GB free; share them: torchrun "
         assert str(e.value) == expected + "--nproc-per-node=4, and --tensor-parallel 4"
 

@@ -51,8 +51,10 @@ def test_readme_commands_run(data, tmp_path, monkeypatch):  # noqa: F811
             assert command[1] == ".venv/bin/activate"
         elif command[0] == "make":  # CI runs these, and test_tiny.py the study, made small
             assert f"\n{command[1]}:" in (ROOT / "Makefile").read_text()
-        elif command[0] == "torchrun":  # tests/test_stages.py starts several; here, what each is given
+        elif command[0] == "torchrun":  # test_stages.py and test_parallel.py start several; here, what each is given
             script = command[2:]
+            if "--tensor-parallel" in script:
+                del script[(at := script.index("--tensor-parallel")) : at + 2]
             importlib.import_module(script[0].removesuffix(".py")).main(script[1:])
         else:
             assert command[0] == "python"

@@ -736,17 +736,25 @@ def test_dry_run(data, student, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = flags_of(student, data, tmp_path / "out", "--epochs", "3")
     with monkeypatch.context() as patch:
-        patch.setattr(train, "load", lambda *_: pytest.fail("it read weights that it does not need"))
+        for name in ("load", "load_sharded"):
+            patch.setattr(train, name, lambda *_: pytest.fail("it read weights that it does not need"))
         train.main([*flags, "--dry-run"])
     printed = capsys.readouterr().out
     assert re.search(r"an epoch: 10 rows, [\d,]+ tokens, [\d,]+ of them learned, 2 steps", printed)
-    assert "padding 0.0%" in printed and re.search(r"6 steps: about [\d.]+ GiB a process and [\d.]+ minutes", printed)
+    assert "padding 0.0%" in printed and re.search(r"6 steps: about [\d.]+ minutes", printed)
+    assert re.search(r"training: 0.1 M weights; about [\d.]+ GiB of the machine's memory for each of 1 proc", printed)
     assert list(tmp_path.iterdir()) == []
     train.main(flags)
     tokens = int(re.search(r"rows, ([\d,]+) tokens", printed)[1].replace(",", ""))
     assert 0.5 * 3 * tokens < read_json(meta_path(tmp_path / "out"))["spent"]["tokens"] <= 1.05 * 3 * tokens
-    train.main(["--model", "tiny", "--dry-run"])
-    assert "once they have run, --dry-run can count them" in capsys.readouterr().out and not Path("runs").exists()
+    capsys.readouterr()
+    train.main(["--model", "tiny", "--limit", "50", "-k", "2", "--dry-run"])
+    printed = capsys.readouterr().out
+    assert "once they have run, --dry-run can count them" in printed and not Path("runs").exists()
+    expected = r"tiny-train: 50 problems; 200 samples of tiny \(about \d+ min.*, 150 of tiny-teacher, .* 120 tokens"
+    assert re.search(expected, printed)
+    train.main(["--model", "tiny", "--teacher", "tiny", "--limit", "50", "--dry-run"])
+    assert ", 50 of tiny, each of" in capsys.readouterr().out  # its own solutions are its candidates
 
 
 def test_bad_input_gets_a_line_before_any_time_is_spent(data, student, tmp_path, monkeypatch):
@@ -872,10 +880,12 @@ def test_a_gpu_without_a_number_is_the_process_own(monkeypatch):
     current = []  # CUDA graphs are recorded on the current device, which has to be the model's
     monkeypatch.setattr(m.torch, "empty", lambda *_, device: None)
     monkeypatch.setattr(m.torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(m.torch.cuda, "is_bf16_supported", lambda emulated: not current or current[-1] != "cuda:7")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert hub.pick_device("cuda", "auto") == (torch.device("cuda:3"), torch.bfloat16)
     assert hub.pick_device("cuda:1", "auto")[0].index == 1 and hub.pick_device("cpu", "auto")[1] == torch.float32
-    assert current == ["cuda:3", "cuda:1"]
+    assert hub.pick_device("cuda:7", "auto")[1] == torch.float32  # a GPU before bfloat16
+    assert current == ["cuda:3", "cuda:1", "cuda:7"]
 
 
 def test_missing_data_are_made_and_kept(random_model, tmp_path, monkeypatch, capsys):
@@ -900,6 +910,19 @@ def test_missing_data_are_made_and_kept(random_model, tmp_path, monkeypatch, cap
         train.main(flags)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.jsonl")} == times
     assert "complete already" in capsys.readouterr().out
+
+
+def test_a_student_that_is_its_own_teacher(tmp_path, monkeypatch, capsys):
+    """Guards against: a second sampling of what is there; data that are not beside the result; a -k that is lost."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "problems.jsonl", [{"id": i, **row} for i, row in enumerate(TINY)])
+    flags = ["--teacher", "tiny", "--data", "problems.jsonl", "-n", "2", "-k", "3", "--steps", "1"]
+    train.main([*flags, "--out", "x/trained"])
+    printed = capsys.readouterr().out
+    assert printed.count("python sample.py") == printed.count("python refine.py") == 1
+    assert re.search(r"x/train.candidates.jsonl: [1-9]\d* solve rows", printed)
+    assert len(read_jsonl("x/teacher.refined.jsonl")[0]["refinements"]) == 3
+    assert read_json("x/trained.meta.json")["solve"] == "x/train.candidates.jsonl"
 
 
 def test_two_processes_make_the_data_and_train(tmp_path):
