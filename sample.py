@@ -186,8 +186,8 @@ def write_rows(args, out, rows, requests, finish, sampler, made_by, record):
     """Sample what each row asks for and write the finished rows to `out`; what is there already is kept.
 
     `requests[i]` is a list of (prompt token ids, one key for each of its samples) for row number i, and
-    `finish(i, completions)` the finished row, from a list of Completions for each request. The meta file says `made_by`,
-    what the output depends on, and `record`. Processes, or groups of --tensor-parallel, share the rows out.
+    `finish(i, completions)` the finished row, from a list of Completions for each request. The meta file says
+    `made_by`, what the output depends on, and `record`. Processes, or groups of --tensor-parallel, share the rows out.
     """
     model, meta, started = sampler.model, meta_path(out), time.time()
     device, dtype = model.rope_freq.device, str(model.lm_head.weight.dtype).removeprefix("torch.")
