@@ -126,16 +126,21 @@ print("memory", expected / peak)
 """
 
 
+@pytest.fixture(scope="module")
+def middling(tmp_path_factory):
+    """A model with weights and activations of some hundred MB."""
+    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 8192}
+    shape |= {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 4096, "head_dim": 64}
+    return make_folder(tmp_path_factory.mktemp("middling") / "model", "qwen3", **shape)
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak is read from Linux")
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_is_what_was_estimated(processes, checkpointing, tmp_path):
+def test_memory_is_what_was_estimated(processes, checkpointing, middling, tmp_path):
     """Guards against: an estimate that nobody has compared with anything. Oracle: the peak that Linux says."""
-    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 8192}
-    shape |= {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 4096, "head_dim": 64}
-    folder = make_folder(tmp_path / "model", "qwen3", **shape)
     script, start = tmp_path / "script.py", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    places = {"root": str(ROOT), "tests": str(ROOT / "tests"), "folder": str(folder)}
+    places = {"root": str(ROOT), "tests": str(ROOT / "tests"), "folder": str(middling)}
     script.write_text(MEMORY.format(checkpointing=checkpointing, **places))
     command = [sys.executable, *(start if processes == 2 else []), str(script)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
