@@ -105,8 +105,8 @@ def hub_file(repo, name):
     return None
 
 
-def find_model(name, flag="--model"):
-    """A folder, a short name or a hub id -> the folder with the files, downloaded if need be."""
+def find_model(name, flag="--model", weights=True):
+    """A folder, a short name or a hub id -> the folder with the files, downloaded if need be; `weights`: these, too?"""
     where = ALIASES[name][0] if name in ALIASES else name
     folder = Path(where)
     if not folder.is_dir():
@@ -117,7 +117,7 @@ def find_model(name, flag="--model"):
         from huggingface_hub import snapshot_download  # slow to import
 
         with hub_errors(where, "model", "the model"):
-            files = ["config.json", "adapter_config.json", *TOKENIZER_FILES, *WEIGHT_FILES]
+            files = ["config.json", "adapter_config.json", *TOKENIZER_FILES, *(WEIGHT_FILES if weights else ())]
             folder = Path(snapshot_download(where, allow_patterns=files))
     # What an adapter is, model.load says.
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():

@@ -255,7 +255,7 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.agree = lambda memory: memory  # of processes that compute one model, the least: see parallel.py
+        self.agree = lambda x: x  # x of all processes that share this model, the least of each: see parallel.py
         layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         parts = {"embed_tokens": nn.Embedding(config.vocab_size, config.dim), "layers": layers}
         self.model = nn.ModuleDict({**parts, "norm": RMSNorm(config.dim, config.norm_eps)})
@@ -857,7 +857,7 @@ class Scheduler:
         if n == 0:
             return torch.empty(1, 3, 0)
         u = torch.from_numpy(self.next_uniforms(1)[0]).to(hidden.device)
-        return sample_token(model.lm_head(hidden[:n]), u, params)[None]
+        return model.agree(sample_token(model.lm_head(hidden[:n]), u, params))[None]
 
     def finish(self, drawn, stop_ids, vocab_size):
         """What was drawn, [steps, 3, B], goes to the rows -> [(i, j, Completion)] of those done."""
@@ -909,7 +909,8 @@ def memory_to_use(model, chunk, recorded, dtype):
     config, device = model.config, model.rope_freq.device
     widest = 4 * (config.mlp_dim + config.dim + 2 * config.n_heads * config.head_dim)  # of a pass
     free = free_memory(device) + (recorded.cache.kv.nbytes if recorded else 0)
-    return model.agree(0.85 * free - chunk * widest * dtype.itemsize)
+    memory = torch.tensor(0.85 * free - chunk * widest * dtype.itemsize, dtype=torch.double, device=device)
+    return model.agree(memory).item()
 
 
 def cache_budget(config, page, page_bytes, longest, n_sequences, batch_size, memory):

@@ -21,6 +21,7 @@ import os
 import resource
 import shutil
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -32,7 +33,8 @@ from torch.utils.benchmark import Timer
 from files import InputError
 from model import TOKENIZER_FILES, Decoder, checkpoint_rows, free_memory, materialise, read_config, read_weights
 
-# Layers of a checkpoint whose output is cut, and layers whose input is: the second of each pair sums over it.
+# Layers whose outputs are cut (the rows of their matrix), and those after them, whose inputs are cut (the columns):
+# heads go from q, k and v to o, channels of the MLP from gate and up to down.
 BY_OUTPUT, BY_INPUT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 
 
@@ -47,6 +49,13 @@ def count(config):
     return sum(weight.numel() for weight in shapes(config).parameters())
 
 
+def sync(path):
+    """Wait until a file or a folder's list of names is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
 def wait():
     """Return when all processes have come to it."""
     if dist.is_initialized():
@@ -57,21 +66,23 @@ def wait():
 # Sampling: tensor parallel
 
 
-def share_of(config, world):
-    """The Config of what one of `world` processes computes: fewer heads, a narrower MLP."""
+def share_of(config, parts):
+    """The Config of what one of `parts` processes computes: fewer heads, a narrower MLP."""
     numbers = {"n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads, "mlp_dim": config.mlp_dim}
     for name, n in numbers.items():
-        if n % world:
-            raise InputError(f"--tensor-parallel {world}: the model's {name} is {n}, no multiple of it; choose another")
-    return dataclasses.replace(config, **{name: n // world for name, n in numbers.items()})
+        if n % parts:
+            raise InputError(f"--tensor-parallel {parts}: the model's {name} is {n}, no multiple of it; choose another")
+    return dataclasses.replace(config, **{name: n // parts for name, n in numbers.items()})
 
 
-def check_fits(what, config, dtype, device, world):
-    """InputError where the weights are more than the memory that is free on the device, before any is read."""
-    need, free = count(share_of(config, world)) * dtype.itemsize, free_memory(device)
+def check_fits(what, config, dtype, device, parts):
+    """InputError where a model cannot be shared among `parts` processes, or a part is more than the device has free."""
+    if int(os.environ.get("WORLD_SIZE", 1)) % parts:
+        raise InputError(f"--tensor-parallel {parts}: start it with torchrun --nproc-per-node={parts}, or a multiple")
+    need, free = count(share_of(config, parts)) * dtype.itemsize, free_memory(device)
     if need > 0.95 * free:
         most = math.gcd(config.n_heads, config.n_kv_heads, config.mlp_dim)
-        good = [n for n in range(world + 1, most + 1) if most % n == 0]
+        good = [n for n in range(parts + 1, most + 1) if most % n == 0]
         enough = [n for n in good if count(share_of(config, n)) * dtype.itemsize < 0.8 * free]
         have = f"{need / 1e9:.1f} GB of weights, and {device} has {free / 1e9:.1f} GB free"
         how = "take a smaller model"
@@ -80,13 +91,13 @@ def check_fits(what, config, dtype, device, world):
         raise InputError(f"{what}: {have}; {how}")
 
 
-def load_share(folder, device, dtype, rank, world):
-    """The part of a folder's model that process `rank` of `world` computes -> Decoder, once its `group` is set.
+def load_share(folder, device, dtype, part, parts):
+    """Part number `part` of a folder's model -> Decoder, which computes once `join` has told it who has the others.
 
-    Embeddings, norms and the output matrix are in all of them: each has all hidden states and all logits.
+    Embeddings, norms and the output matrix are in all parts: each process has all hidden states and all logits.
     """
     whole = read_config(folder)
-    model = materialise(shapes(share_of(whole, world), dtype), device)
+    model = materialise(shapes(share_of(whole, parts), dtype), device)
     targets = {}
     for name, weight, first, n in checkpoint_rows(model):
         rows, shape, (layer, kind) = weight.detach()[first : first + n], [n, *weight.shape[1:]], name.split(".")[-2:]
@@ -94,25 +105,32 @@ def load_share(folder, device, dtype, rank, world):
         slices = ...
         if dim is not None:
             size = shape[dim]
-            slices, shape[dim] = (slice(None),) * dim + (slice(rank * size, (rank + 1) * size),), size * world
-        targets[name] = rows, slices, shape
+            slices, shape[dim] = (slice(None),) * dim + (slice(part * size, (part + 1) * size),), size * parts
+        targets[name] = rows, slices, shape  # rows: [n, inputs] of a matrix, [n] of a bias or a norm
     read_weights(Path(folder), targets, whole.tie_embeddings)
 
+    for block in model.model.layers if part else ():  # the sum is to have a bias once
+        for layer in (block.self_attn.o_proj, block.mlp.down_proj):
+            if layer.bias is not None:
+                layer.bias.detach().zero_()
+    return model
+
+
+def join(model, parts):
+    """All processes call this: each `parts` that follow one another compute their model together from here on."""
+    group, _ = dist.new_subgroups(parts, timeout=timedelta(days=30))
+
     def add_up(layer, inputs, output):
-        dist.all_reduce(output, group=model.group)
+        dist.all_reduce(output, group=group)
 
-    def agree(memory):
-        least = torch.tensor(memory, dtype=torch.double, device=device)
-        dist.all_reduce(least, dist.ReduceOp.MIN, group=model.group)
-        return least.item()
+    def agree(x):
+        dist.all_reduce(x, dist.ReduceOp.MIN, group=group)
+        return x
 
-    model.agree = agree  # with as much memory they take the same steps
+    model.agree = agree  # with the same memory and the same tokens they take the same steps
     for block in model.model.layers:
         for layer in (block.self_attn.o_proj, block.mlp.down_proj):
             layer.register_forward_hook(add_up)
-            if rank and layer.bias is not None:  # the sum is to have it once
-                layer.bias.detach().zero_()
-    return model
 
 
 # ------------------------------------------------------------------------------------------------
@@ -129,7 +147,7 @@ def load_sharded(folder, device, dtype, rank, world):
     targets = {}
     for name, weight, first, n in checkpoint_rows(materialise(model, device)):
         local = weight.detach().to_local()
-        start = rank * -(-len(weight) // world)  # which row of the weight is its first one here
+        start = rank * -(-len(weight) // world)  # FSDP's parts have ceil(rows / world) rows; which is the first here
         low, high = (min(max(row, first), first + n) for row in (start, start + len(local)))
         targets[name] = local[low - start : high - start], slice(low - first, high - first), (n, *weight.shape[1:])
     read_weights(Path(folder), targets, config.tie_embeddings)
@@ -180,6 +198,8 @@ def training_memory(config, tokens, learned, process, checkpointing, chunk):
     on_device, on_host = held + step, base + (export if gpu else held + step)
     where = f"{on_device / 2**30:.1f} GiB on {device} and " if gpu else ""
     where += f"{on_host / 2**30:.1f} GiB of the machine's memory for each of {world} processes"
+    if (free := free_memory(device)) < (on_device if gpu else on_host - base):
+        where += f", more than the {free / 2**30:.1f} GiB that are free: lower --max-length, or see --checkpointing"
     return on_device, on_host, f"training: {weights / 1e6:,.1f} M weights; about {where}"
 
 
@@ -207,7 +227,7 @@ def save(model, folder, source, card=None, shard_bytes=5 * 10**9):
     folder, partial = Path(folder), Path(f"{folder}.partial")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     rows = {name: (weight.detach(), first, n) for name, weight, first, n in checkpoint_rows(model)}
-    sizes = {name: weight.new_empty((n, *weight.shape[1:]), device="meta") for name, (weight, _, n) in rows.items()}
+    sizes = {name: torch.empty(n, *w.shape[1:], dtype=w.dtype, device="meta") for name, (w, _, n) in rows.items()}
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=shard_bytes)
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -238,6 +258,6 @@ def save(model, folder, source, card=None, shard_bytes=5 * 10**9):
             shutil.copyfile(Path(source) / name, partial / name)
     for path in partial.iterdir():
         shutil.copymode(partial / "config.json", path)  # safetensors lets nobody but the owner read
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
+    sync(partial)
     os.replace(partial, folder)

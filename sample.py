@@ -30,7 +30,7 @@ from files import InputError, Output, as_written, check_id, command_line, meta_p
 from grade import extract_answer, gold_answer
 from hub import BENCHMARKS, find_model, fingerprint, hub_file, pack, pick_device, processes, versions
 from model import SamplingParams, Stats, Tokenizer, load, read_config, stream
-from parallel import check_fits, load_share
+from parallel import check_fits, join, load_share
 
 # The wording that Qwen2.5-Math made common; any instruction-tuned model follows it.
 SOLVE_PROMPT = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
@@ -117,9 +117,7 @@ class Sampler(NamedTuple):
 def load_sampler(args):
     """The model that the flags name, or this process's share of it, with its sampling defaults under the flags."""
     device, dtype = pick_device(args.device, args.dtype)
-    folder, share, world = find_model(args.model), args.tensor_parallel, int(os.environ.get("WORLD_SIZE", 1))
-    if world % share:
-        raise InputError(f"--tensor-parallel {share}: start it with torchrun --nproc-per-node={share}, or a multiple")
+    folder, share = find_model(args.model), args.tensor_parallel
     config = read_config(folder)
     check_fits(f"--model {args.model}", config, dtype, device, share)
     tokenizer = Tokenizer(folder, config)
@@ -170,7 +168,8 @@ def sample_rows(args, sampler, requests, indices, finish, step):
             keys.append(its_keys)
     left, stats = {i: sum(map(len, answers[i])) for i in indices}, Stats()
     memory = None if args.memory is None else int(args.memory * 2**30)
-    options = {"batch_size": args.batch_size, "memory": memory, "graphs": args.graphs, "stats": stats}
+    options = {"batch_size": args.batch_size, "memory": memory, "stats": stats}
+    options["graphs"] = args.graphs and args.tensor_parallel == 1  # sums over processes are not recorded
     for finished in stream(model, prompts, keys, params, tokenizer.stop_ids, **options) if prompts else ():
         done = []
         for request, j, completion in finished:
@@ -196,7 +195,7 @@ def write_rows(args, out, rows, requests, finish, sampler, made_by, record):
     record |= {"model": args.model, "flags": vars(args), "versions": versions()}
     (rank, world, add, wait), share = processes(device, str(out)), args.tensor_parallel
     if share > 1:  # so many processes draw the same samples, and one of them writes
-        model.group = dist.new_subgroups(share)[0]
+        join(model, share)
     writes, rank, world = rank % share == 0, rank // share, world // share
     lead = writes and rank == 0
     output = Output(out, rows, made_by, rank)

@@ -28,8 +28,8 @@ Without --solve and --refine the commands that are printed first make what is mi
 student's candidates, the teacher's solutions and its refinements. Beside the result OUT are OUT.metrics.jsonl,
 OUT.loss.png, OUT.meta.json and OUT.checkpoints/step-N. Random numbers depend on seed, epoch and id alone: a
 run that was killed and started again goes on from its newest checkpoint, to the same weights.
-One process computes with a copy of the float32 weights; several keep a part each, see parallel.py.
-Left out: dropout, LoRA, tensor and pipeline parallelism, and packs that all have the same length.
+Weights are float32: one GPU computes with a bfloat16 copy, several keep a part of them each (see parallel.py).
+Left out: dropout, LoRA, packs that all have the same length, tensor and pipeline parallelism in training.
 """
 
 import files  # isort: skip  first, so that Ctrl-C while torch is imported is one line
@@ -70,7 +70,7 @@ from files import FIRST, InputError, check_same, command_line, disk_errors, meta
 from grade import Grader, answer_of, gold_answer
 from hub import ALIASES, find_model, fingerprint, pick_device, processes, versions
 from model import SamplingParams, Tokenizer, attend_causal, load, read_config, uniforms, use_varlen, varlen_attn
-from parallel import PEAKS, check_fits, count, flops, load_sharded, save, speed, training_memory, wait
+from parallel import PEAKS, check_fits, count, flops, load_sharded, save, speed, sync, training_memory, wait
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # in a checkpoint of one process
 TASKS, KINDS = ("solve", "refine"), ("all wrong", "mixed", "all right")  # KINDS: of a refine row's candidates
@@ -332,6 +332,7 @@ def task_losses(model, pack, scale):
     hidden = model(pack.ids, pack.positions, attention_within(pack))  # [T, C]
     hidden = hidden.index_select(0, pack.learned)  # [M, C]
     # All logits [M, V] would be larger than the model: a chunk of positions at a time, and again for the gradient.
+    # Losses come in the number type of `hidden`: one of bfloat16 has 8 bits, the mean over many tokens more.
     weight = model.lm_head.weight
     options = LinearCrossEntropyOptions(batch_chunk_size=max(1, CHUNK // len(weight)))
     losses = F.linear_cross_entropy(hidden, weight, pack.labels, reduction="none", options=options).float()  # [M]
@@ -433,13 +434,6 @@ def save_checkpoint(folder, state, record, keep, rank):
                 os.rename(old, f"{old}.partial")
                 shutil.rmtree(f"{old}.partial")
     wait()
-
-
-def sync(path):
-    """Wait until a file or a folder's list of names is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def total(tensor, operation=dist.ReduceOp.SUM):
@@ -557,6 +551,8 @@ def train(tokenizer, rows, held, args, process, made_by):
         todo = f"{n_steps - first} of {n_steps} steps on {device} x {world}, computing in {str(process.dtype)[6:]}"
         print(f"{args.out}: {len(rows)} rows to train on, {len(held)} to validate on; {todo}", flush=True)
     peak = next((x for word, x in PEAKS.items() if device.type == "cuda" and word in torch.cuda.get_device_name()), 0)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # not that of the stages that made the data
     weight, work, started = torch.tensor([1.0, args.weight], device=device), 0, time.time()
     bar = tqdm(desc="train", unit=" steps", initial=first, total=n_steps, disable=rank > 0)
     with bar, stop_signals() as caught:
@@ -723,9 +719,9 @@ def main(argv=None):
         raise InputError(f"--max-length {args.max_length}: the context of {args.model} is {config.context}; lower it")
     args.max_length = args.max_length or min(4096, config.context)
     tokenizer, overlaps = Tokenizer(source, config), overlap_test(args.exclude)
-    if not (args.solve or args.refine or args.dry_run):
-        teacher = read_config(find_model(args.teacher, "--teacher"))  # it has to be there, and
-        check_fits(f"--teacher {args.teacher}", teacher, dtype, device, args.tensor_parallel)  # fit, before hours pass
+    if not (args.solve or args.refine):  # the teacher has to be there and to fit before the student samples for hours
+        teacher = read_config(find_model(args.teacher, "--teacher", weights=not args.dry_run))
+        check_fits(f"--teacher {args.teacher}", teacher, dtype, device, args.tensor_parallel)
     try:
         if not args.dry_run:
             files.lock(args.out)

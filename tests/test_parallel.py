@@ -85,6 +85,7 @@ def test_a_model_that_does_not_fit_is_one_line(shape, gpus, monkeypatch):
     """Guards against: minutes of reading, and then a GPU without memory. The numbers are those of hub.py's table."""
     config, gpu = m.Config.from_dict({**LARGE, **shape}), torch.device("cuda:0")
     monkeypatch.setattr(parallel, "free_memory", lambda device: 84e9)  # what 80 GB have free
+    monkeypatch.setenv("WORLD_SIZE", str(gpus))
     parallel.check_fits("large", config, torch.bfloat16, gpu, gpus)
     if gpus > 1:
         with pytest.raises(InputError) as e:
