@@ -14,6 +14,7 @@ Two ways to cut a matrix, for two purposes:
 Both read from the files no more than what the process keeps. `save` writes a model that is held in such parts.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -26,11 +27,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.benchmark import Timer
 
-from files import InputError
+from files import InputError, disk_errors
 from model import TOKENIZER_FILES, Decoder, checkpoint_rows, free_memory, materialise, read_config, read_weights
 
 # Layers whose outputs are cut (the rows of their matrix), and those after them, whose inputs are cut (the columns):
@@ -77,9 +80,9 @@ def share_of(config, parts):
 
 def check_fits(what, config, dtype, device, parts):
     """InputError where a model cannot be shared among `parts` processes, or a part is more than the device has free."""
+    need, free = count(share_of(config, parts)) * dtype.itemsize, free_memory(device)
     if int(os.environ.get("WORLD_SIZE", 1)) % parts:
         raise InputError(f"--tensor-parallel {parts}: start it with torchrun --nproc-per-node={parts}, or a multiple")
-    need, free = count(share_of(config, parts)) * dtype.itemsize, free_memory(device)
     if need > 0.95 * free:
         most = math.gcd(config.n_heads, config.n_kv_heads, config.mlp_dim)
         good = [n for n in range(parts + 1, most + 1) if most % n == 0]
@@ -203,6 +206,12 @@ def training_memory(config, tokens, learned, process, checkpointing, chunk):
     return on_device, on_host, f"training: {weights / 1e6:,.1f} M weights; about {where}"
 
 
+def peak(device):
+    """The FLOP/s that the maker of a GPU states for bfloat16, or 0."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((value for word, value in PEAKS.items() if word in name), 0)
+
+
 def speed(config, rows, device, dtype):
     """Floating-point operations a second of one matrix product of the MLP, for so many rows."""
     a, b = (torch.randn(*x, device=device).to(dtype) for x in ((rows, config.dim), (config.dim, config.mlp_dim)))
@@ -211,7 +220,27 @@ def speed(config, rows, device, dtype):
 
 
 # ------------------------------------------------------------------------------------------------
-# Export
+# Export, and errors of writing
+
+
+def reason(error):
+    """What went wrong with a checkpoint, in words. torch wraps the errors of all processes in one of its own."""
+    cause = error = next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
+    if not isinstance(error, Exception):
+        raise error  # Ctrl-C or SIGTERM
+    while cause and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause.strerror if cause else f"{type(error).__name__}: {error}"
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A full disk and the like as an InputError, also where torch or safetensors make an error of their own of it."""
+    try:
+        with disk_errors(path):
+            yield
+    except (dcp.api.CheckpointException, SafetensorError) as e:
+        raise InputError(f"{path}: cannot be written ({reason(e)}); what was finished is kept, and a rerun goes on")
 
 
 def save(model, folder, source, card=None, shard_bytes=5 * 10**9):

@@ -58,11 +58,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch.nn import LinearCrossEntropyOptions
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import parallel
 import refine
 import sample
 from figures import draw_losses
@@ -70,7 +70,7 @@ from files import FIRST, InputError, check_same, command_line, disk_errors, meta
 from grade import Grader, answer_of, gold_answer
 from hub import ALIASES, find_model, fingerprint, pick_device, processes, versions
 from model import SamplingParams, Tokenizer, attend_causal, load, read_config, uniforms, use_varlen, varlen_attn
-from parallel import PEAKS, check_fits, count, flops, load_sharded, save, speed, sync, training_memory, wait
+from parallel import check_fits, load_sharded, reason, save, sync, wait, writing
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # in a checkpoint of one process
 TASKS, KINDS = ("solve", "refine"), ("all wrong", "mixed", "all right")  # KINDS: of a refine row's candidates
@@ -82,6 +82,7 @@ BEFORE, AFTER = rf"\b({ORDINALS}) (two |three )?", rf"s?\W{{1,4}}(\d|(one|two|th
 NAMED = re.compile(rf"\b(candidate|solution){AFTER}|{BEFORE}(candidate|solution)", re.IGNORECASE)
 Process = namedtuple("Process", "device dtype rank world")  # its device and number type; its rank, of `world`
 SETTINGS = ("weight", "lr", "epochs", "steps", "batch_size", "max_length", "shown", "seed")  # flags that fix a result
+DATA_SETTINGS = ("teacher", "data", "limit", "n", "k", "max_new_tokens")  # flags that fix the data that are made
 # Why a completion is not learned from; "ungraded": its problem has no right answer to compare with.
 REASONS = ("excluded", "ungraded", "cut off", "no answer", "wrong", "duplicate", "too long", "unbalanced")
 
@@ -108,7 +109,8 @@ def data_files(args):
     common = ["--seed", str(args.seed), "--device", args.device]
     common += ["--max-new-tokens", str(args.max_new_tokens)] if args.max_new_tokens else []
     problems = ["--data", args.data] + (["--limit", str(args.limit)] if args.limit else [])
-    teacher = ["--model", args.teacher, *common, "--tensor-parallel", str(args.tensor_parallel)]
+    shared = ["--tensor-parallel", str(args.tensor_parallel)] if args.tensor_parallel > 1 else []
+    teacher = ["--model", args.teacher, *common, *shared]
     stages = [(sample, ["--model", args.model, *common, *problems, "-n", str(args.n), "--out", candidates])]
     if args.teacher == args.model:
         solutions = candidates  # its own right ones
@@ -117,10 +119,27 @@ def data_files(args):
     stages.append((refine, [*teacher, "--candidates", candidates, "-k", str(args.k), "--out", refinements]))
     for stage, flags in stages:
         if FIRST:
-            print(f"python {Path(stage.__file__).name} {shlex.join(flags)}", flush=True)
+            start = f"torchrun --nproc-per-node={shared[1]}" if shared and shared[0] in flags else "python"
+            print(f"{start} {Path(stage.__file__).name} {shlex.join(flags)}", flush=True)
         if not args.dry_run:
             stage.main(flags)
-    return (solutions, refinements) if Path(refinements).exists() else (None, None)
+    if not args.dry_run:
+        return solutions, refinements
+    there = all(Path(path).exists() for path in (candidates, solutions, refinements))
+    by = {"data": args.data, "limit": args.limit, "max_new_tokens": args.max_new_tokens}
+    made = [(candidates, {"model": args.model, "n": args.n, **by}), (refinements, {"model": args.teacher, "k": args.k})]
+    made += [(solutions, {"model": args.teacher, **by})] if args.teacher != args.model else []
+    other = next(filter(None, (made_otherwise(path, now) for path, now in made)), None)
+    if other and FIRST:
+        print(f"{other}: give another --out, or go on with more problems")
+    return (solutions, refinements) if there and not other else (None, None)
+
+
+def made_otherwise(path, now):
+    """Where the record beside a file names other flags than `now` {name: value}, which -> a text, or None."""
+    old = read_json(meta_path(path)).get("flags") if meta_path(path).exists() else None
+    differ = [name for name, value in now.items() if isinstance(old, dict) and old.get(name) != value]
+    return f"{path} was made with {differ[0]} {old.get(differ[0])!r}, not {now[differ[0]]!r}" if differ else None
 
 
 def read_examples(path, task):
@@ -395,26 +414,6 @@ def whole_checkpoints(folder):
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def reason(error):
-    """What went wrong with a checkpoint, in words. torch wraps the errors of all processes in one of its own."""
-    cause = error = next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
-    if not isinstance(error, Exception):
-        raise error  # Ctrl-C or SIGTERM
-    while cause and not isinstance(cause, OSError):
-        cause = cause.__context__
-    return cause.strerror if cause else f"{type(error).__name__}: {error}"
-
-
-@contextlib.contextmanager
-def writing(path):
-    """A full disk and the like as an InputError, also where torch or safetensors make an error of their own of it."""
-    try:
-        with disk_errors(path):
-            yield
-    except (dcp.api.CheckpointException, SafetensorError) as e:
-        raise InputError(f"{path}: cannot be written ({reason(e)}); what was finished is kept, and a rerun goes on")
-
-
 def save_checkpoint(folder, state, record, keep, rank):
     """Write `state`, the tensors, and `record` to folder/step-STEP, which gets its name when all of it is on disk."""
     partial, final = folder / f"step-{record['step']}.partial", folder / f"step-{record['step']}"
@@ -550,7 +549,7 @@ def train(tokenizer, rows, held, args, process, made_by):
     if rank == 0:
         todo = f"{n_steps - first} of {n_steps} steps on {device} x {world}, computing in {str(process.dtype)[6:]}"
         print(f"{args.out}: {len(rows)} rows to train on, {len(held)} to validate on; {todo}", flush=True)
-    peak = next((x for word, x in PEAKS.items() if device.type == "cuda" and word in torch.cuda.get_device_name()), 0)
+    peak = parallel.peak(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # not that of the stages that made the data
     weight, work, started = torch.tensor([1.0, args.weight], device=device), 0, time.time()
@@ -567,7 +566,7 @@ def train(tokenizer, rows, held, args, process, made_by):
                 raise InputError(f"step {done}: the gradient is not finite; lower --lr and choose another --out")
             solve, refined = (s / c if c else None for s, c in zip(total(sums).tolist(), counts))
             tokens, now = tokens + sum(lengths), time.time() - started
-            work += flops(model.config, sum(lengths), sum(counts), sum(n * n for n in lengths))
+            work += parallel.flops(model.config, sum(lengths), sum(counts), sum(n * n for n in lengths))
             line = {"step": done, "loss_solve": solve, "loss_refine": refined, "lr": lr, "grad_norm": norm.item()}
             line |= {"padding": idle, "tokens": tokens, "seconds": round(before["seconds"] + now, 2)}
             if held and (done == n_steps or done % max(1, n_steps // 10) == 0):
@@ -609,9 +608,9 @@ def dry_run(config, rows, tokenizer, args, process):
     print(f"an epoch: {len(rows)} rows, {tokens:,} tokens, {learned:,} of them learned, {len(steps)} steps")
     print(f"packs: {len(packs)} of at most {longest:,} tokens, padding {padding(steps, world):.1%}")
     learned_at_once = max(sum(learned_tokens(pack)) for pack in packs)
-    print(training_memory(config, longest, learned_at_once, process, args.checkpointing, CHUNK)[2])
-    work = flops(config, tokens, learned, sum(length_of(row) ** 2 for row in rows)) * n_steps / len(steps)
-    minutes = work / (0.7 * world * speed(config, 2048, device, dtype)) / 60  # 70% of what one product reaches was seen
+    print(parallel.training_memory(config, longest, learned_at_once, process, args.checkpointing, CHUNK)[2])
+    work = parallel.flops(config, tokens, learned, sum(length_of(row) ** 2 for row in rows)) * n_steps / len(steps)
+    minutes = work / (0.7 * world * parallel.speed(config, 2048, device, dtype)) / 60  # 70% of one product's was seen
     print(f"{n_steps} steps: about {minutes:,.1f} minutes")
 
 
@@ -620,12 +619,12 @@ def dry_run_of_data(config, tokenizer, args, process):
     n, longest = len(sample.load_problems(args.data, args.limit)), args.max_new_tokens
     longest = longest or tokenizer.generation_config.get("max_new_tokens") or SamplingParams.max_new_tokens
     of_teacher = n * args.k + (n if args.teacher != args.model else 0)
-    work = 2 * count(config) * n * args.n * longest
-    minutes = work / (0.5 * process.world * speed(config, 64, process.device, process.dtype)) / 60
-    samples = f"{n * args.n:,} samples of {args.model} (about {minutes:,.0f} minutes on {process.device} at most)"
+    work = 2 * parallel.count(config) * n * args.n * longest
+    minutes = work / (0.5 * process.world * parallel.speed(config, 64, process.device, process.dtype)) / 60
+    samples = f"{n * args.n:,} samples of {args.model} (roughly {minutes:,.1f} minutes on {process.device})"
     samples += f", {of_teacher:,} of {args.teacher}"
     print(f"{args.data}: {n:,} problems; {samples}, each of at most {longest:,} tokens")
-    print(training_memory(config, args.max_length, args.max_length, process, args.checkpointing, CHUNK)[2])
+    print(parallel.training_memory(config, args.max_length, args.max_length, process, args.checkpointing, CHUNK)[2])
     print("the rows are made by these commands; once they have run, --dry-run can count them")
 
 
@@ -726,6 +725,9 @@ def main(argv=None):
         if not args.dry_run:
             files.lock(args.out)
             check_out(args.out, {name: getattr(args, name) for name in SETTINGS})
+        data = {} if args.solve or args.refine else {name: getattr(args, name) for name in DATA_SETTINGS}
+        if Path(args.out).exists() and (other := made_otherwise(args.out, data)):
+            raise InputError(f"--out {other}; choose another --out")
         if any(paths := data_files(args)):
             run(args, paths, config, tokenizer, overlaps, device, dtype)
         elif FIRST:
@@ -742,8 +744,8 @@ def run(args, paths, config, tokenizer, overlaps, device, dtype):
     """Read the rows, train on them and save the model, or say what that would take."""
     out = args.out
     examples = [read_examples(path, task) if path and FIRST else [] for task, path in enumerate(paths)]
-    known = [fingerprint(tokenizer.folder, kind) for kind in (torch.float32, torch.bfloat16, torch.float16)]
     if not args.dry_run:
+        known = [fingerprint(tokenizer.folder, kind) for kind in (torch.float32, torch.bfloat16, torch.float16)]
         by = read_json(meta_path(paths[1])).get("candidates_by") if paths[1] and meta_path(paths[1]).exists() else None
         if by and by not in known:
             advice = f"refine this one's, or delete {meta_path(paths[1])} to learn from them all the same"

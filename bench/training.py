@@ -178,6 +178,7 @@ def loop(args):
     import torch
 
     import model as m
+    import parallel
     import train
 
     run, on_gpu = LOOPS[args.loop](args), args.device != "cpu"
@@ -203,7 +204,7 @@ def loop(args):
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, for the next loop
         lengths, learned = list(map(train.length_of, rows)), sum(train.learned_tokens(rows))
-        work = train.flops(config, sum(lengths), learned, sum(n * n for n in lengths))
+        work = parallel.flops(config, sum(lengths), learned, sum(n * n for n in lengths))
         done = {"seconds": seconds, "peak": peak, "flops": work, "learned": learned}
         return {**done, "tokens": sum(lengths) + len(rows)}
 
@@ -217,7 +218,7 @@ def compare(args, model, names, report):
     """The loops in turns on one model; a line of the table for each."""
     import torch
 
-    import train
+    import parallel
 
     engines, rounds = {}, {name: [] for name in names}
     for name in names:
@@ -234,8 +235,7 @@ def compare(args, model, names, report):
             rounds[name] += [done] if round else []
     for engine in engines.values():
         engine.close()
-    device = torch.cuda.get_device_name() if on_gpu else ""
-    peak = next((x for word, x in train.PEAKS.items() if word in device), None)
+    peak = parallel.peak(torch.device(args.device))
     label = Path(model).name.removeprefix("gsr-")[:12]
     for name, done in rounds.items():
         seconds = [x["seconds"] for x in done]

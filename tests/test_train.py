@@ -734,6 +734,7 @@ def test_validation_is_apart(data, student, tmp_path):
 def test_dry_run(data, student, tmp_path, capsys, monkeypatch):
     """It prints what there would be to do, and writes nothing."""
     monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "problems.jsonl", [{"id": i, **row} for i, row in enumerate(TINY)])
     flags = flags_of(student, data, tmp_path / "out", "--epochs", "3")
     with monkeypatch.context() as patch:
         for name in ("load", "load_sharded"):
@@ -743,7 +744,7 @@ def test_dry_run(data, student, tmp_path, capsys, monkeypatch):
     assert re.search(r"an epoch: 10 rows, [\d,]+ tokens, [\d,]+ of them learned, 2 steps", printed)
     assert "padding 0.0%" in printed and re.search(r"6 steps: about [\d.]+ minutes", printed)
     assert re.search(r"training: 0.1 M weights; about [\d.]+ GiB of the machine's memory for each of 1 proc", printed)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["problems.jsonl"]
     train.main(flags)
     tokens = int(re.search(r"rows, ([\d,]+) tokens", printed)[1].replace(",", ""))
     assert 0.5 * 3 * tokens < read_json(meta_path(tmp_path / "out"))["spent"]["tokens"] <= 1.05 * 3 * tokens
@@ -751,10 +752,26 @@ def test_dry_run(data, student, tmp_path, capsys, monkeypatch):
     train.main(["--model", "tiny", "--limit", "50", "-k", "2", "--dry-run"])
     printed = capsys.readouterr().out
     assert "once they have run, --dry-run can count them" in printed and not Path("runs").exists()
-    expected = r"tiny-train: 50 problems; 200 samples of tiny \(about \d+ min.*, 150 of tiny-teacher, .* 120 tokens"
+    expected = r"tiny-train: 50 problems; 200 samples of tiny \(roughly [\d.]+ min.*, 150 of tiny-teacher, .* 120 tok"
     assert re.search(expected, printed)
-    train.main(["--model", "tiny", "--teacher", "tiny", "--limit", "50", "--dry-run"])
-    assert ", 50 of tiny, each of" in capsys.readouterr().out  # its own solutions are its candidates
+    own = ["--model", "tiny", "--teacher", "tiny", "--data", "problems.jsonl", "--steps", "1"]
+    train.main([*own, "--dry-run"])
+    assert ", 16 of tiny, each of" in capsys.readouterr().out  # its own solutions are its candidates
+    train.main(own)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fingerprint", lambda *_: pytest.fail("it read weights"))
+        train.main([*own, "--dry-run"])
+        assert "an epoch: " in capsys.readouterr().out
+        changes = {"--limit=5": "limit None, not 5", "--n=3": "n 4, not 3", "--k=2": "k 1, not 2"}
+        for more, was in changes.items():
+            for flags in (own, [*own, "--dry-run"]):
+                with pytest.raises(InputError, match=f"--out runs/tiny/trained was made with {was}; choose another"):
+                    train.main([*flags, more])
+            train.main([*own, more, "--dry-run", "--out", "runs/tiny/more"])  # beside the same data
+            printed = capsys.readouterr().out
+            assert f"was made with {was}: give another --out" in printed and "can count them" in printed
+        train.main([*own[:2], *own[4:], "--dry-run", "--out", "runs/tiny/more"])  # the default teacher's are missing
+        assert "made with model 'tiny', not 'tiny-teacher'" in capsys.readouterr().out
 
 
 def test_bad_input_gets_a_line_before_any_time_is_spent(data, student, tmp_path, monkeypatch):
