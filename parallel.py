@@ -19,9 +19,7 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import shutil
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -189,14 +187,16 @@ def training_memory(config, tokens, learned, process, checkpointing, chunk):
     # What a layer keeps of a token for its gradient: input and output of both norms (on a CPU also what is between),
     # queries, keys and values (on a CPU keys and values for each query head, too), attention, the MLP's two channels.
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    kept = 4 * C + 2 * (q + kv) + 2 * config.mlp_dim if gpu else 6 * C + 5 * q + 2 * kv + 2 * config.mlp_dim
+    kept = 4 * C + 2 * (q + kv) + 2 * config.mlp_dim if gpu else 6 * C + 5 * q + 2 * kv + 4 * config.mlp_dim
     kept += (q + 2 * kv if gpu else 2 * q + 3 * kv) if config.qk_norm else 0
-    kept = C * L + kept + 2 * config.mlp_dim if checkpointing else kept * L
+    kept = C * L + kept + 2 * config.mlp_dim * gpu if checkpointing else kept * L
     # A CPU's allocator leaves gaps. Beside that stands one layer's gradients, or before them the logits of the loss,
     # and the gradients of the output matrix and of the embedding.
     step = tokens * kept * size * (1 if gpu else 1.4) + 2 * V * C * size
     step += max(8 * tokens * config.mlp_dim * size, min(chunk, V * learned) * (4 + size))
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    statm, base = Path("/proc/self/statm"), 2**29  # where Linux does not say what Python and torch take now
+    if statm.exists():
+        base = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     export = min(5e9, 4 * weights)  # a file of the result at a time
     on_device, on_host = held + step, base + (export if gpu else held + step)
     where = f"{on_device / 2**30:.1f} GiB on {device} and " if gpu else ""

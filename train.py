@@ -366,8 +366,8 @@ def prepare(model, process, checkpointing):
     One process computes with a copy of the weights in its number type; the gradients of its packs are summed in
     float32. Several keep a part of every weight each, and FSDP does the same for them.
     """
-    for block in model.model.layers:
-        # Its activation is most of what a layer would keep for the gradient, and quick to compute again.
+    for block in model.model.layers if checkpointing or process.device.type != "cpu" else ():
+        # The activation is most of what a layer would keep for its gradient, and quickly computed again on a GPU.
         part, name = (block, "forward") if checkpointing else (block.mlp, "down")
         again = functools.partial(checkpoint, getattr(part, name), use_reentrant=False, preserve_rng_state=False)
         setattr(part, name, again)
