@@ -765,6 +765,7 @@ def run(args, paths, config, tokenizer, overlaps, device, dtype):
     made_by = {"student": known[0], "rows": digest, "dtype": str(process.dtype).removeprefix("torch.")}
     made_by |= {name: getattr(args, name) for name in SETTINGS}
     check_out(out, made_by)
+    wait()  # nobody writes before all have looked
     record = {**made_by, "model": args.model, "solve": paths[0], "refine": paths[1], "flags": vars(args)}
     record |= {"data": dict(zip(TASKS, counts)), "validation_rows": len(held), "versions": versions()}
     trained = Path(out).exists()
