@@ -189,7 +189,8 @@ def training_memory(config, tokens, learned, process, checkpointing, chunk):
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     kept = 4 * C + 2 * (q + kv) + 2 * config.mlp_dim if gpu else 6 * C + 5 * q + 2 * kv + 4 * config.mlp_dim
     kept += (q + 2 * kv if gpu else 2 * q + 3 * kv) if config.qk_norm else 0
-    kept = C * L + kept + 2 * config.mlp_dim * gpu if checkpointing else kept * L
+    # With checkpointing, the input of every layer, and of one what it keeps and the gradients of that.
+    kept = C * L + 2 * (kept + 2 * config.mlp_dim * gpu) if checkpointing else kept * L
     # A CPU's allocator leaves gaps. Beside that stands one layer's gradients, or before them the logits of the loss,
     # and the gradients of the output matrix and of the embedding.
     step = tokens * kept * size * (1 if gpu else 1.4) + 2 * V * C * size
