@@ -29,7 +29,7 @@ from tqdm import tqdm
 from files import InputError, Output, as_written, check_id, command_line, meta_path, read_json, read_jsonl, write_json
 from grade import extract_answer, gold_answer
 from hub import BENCHMARKS, find_model, fingerprint, hub_file, pack, pick_device, processes, versions
-from model import SamplingParams, Stats, Tokenizer, load, read_config, stream
+from model import SamplingParams, Stats, Tokenizer, read_config, stream
 from parallel import check_fits, join, load_share
 
 # The wording that Qwen2.5-Math made common; any instruction-tuned model follows it.
@@ -122,10 +122,7 @@ def load_sampler(args):
     check_fits(f"--model {args.model}", config, dtype, device, share)
     tokenizer = Tokenizer(folder, config)
     params = sampling_params(args, tokenizer.generation_config)
-    if share > 1:
-        model = load_share(folder, device, dtype, int(os.environ["RANK"]) % share, share)
-    else:
-        model, _ = load(folder, device, dtype)
+    model = load_share(folder, device, dtype, int(os.environ.get("RANK", 0)) % share, share)  # part 0 of 1 is all of it
     return Sampler(model, tokenizer, params)
 
 

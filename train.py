@@ -138,8 +138,9 @@ def data_files(args):
 def made_otherwise(path, now):
     """Where the record beside a file names other flags than `now` {name: value}, which -> a text, or None."""
     old = read_json(meta_path(path)).get("flags") if meta_path(path).exists() else None
-    differ = [name for name, value in now.items() if isinstance(old, dict) and old.get(name) != value]
-    return f"{path} was made with {differ[0]} {old.get(differ[0])!r}, not {now[differ[0]]!r}" if differ else None
+    old = old if isinstance(old, dict) else {}  # an older version's lacks what that did not have
+    differ = [name for name, value in now.items() if name in old and old[name] != value]
+    return f"{path} was made with {differ[0]} {old[differ[0]]!r}, not {now[differ[0]]!r}" if differ else None
 
 
 def read_examples(path, task):
@@ -745,11 +746,11 @@ def run(args, paths, config, tokenizer, overlaps, device, dtype):
     out = args.out
     examples = [read_examples(path, task) if path and FIRST else [] for task, path in enumerate(paths)]
     if not args.dry_run:
-        known = [fingerprint(tokenizer.folder, kind) for kind in (torch.float32, torch.bfloat16, torch.float16)]
+        student, kinds = fingerprint(tokenizer.folder, torch.float32), (torch.bfloat16, torch.float16)
         by = read_json(meta_path(paths[1])).get("candidates_by") if paths[1] and meta_path(paths[1]).exists() else None
-        if by and by not in known:
+        if by and by != student and by not in (fingerprint(tokenizer.folder, kind) for kind in kinds):
             advice = f"refine this one's, or delete {meta_path(paths[1])} to learn from them all the same"
-            other = f"refines candidates of another model ({by}) than {args.model} ({known[0]})"
+            other = f"refines candidates of another model ({by}) than {args.model} ({student})"
             raise InputError(f"--refine {paths[1]}: {other}; {advice}")
     rank, world, _, _ = processes(device, f"train {out}")
     # One process reads and grades: two that grade by themselves might not agree on a slow answer.
@@ -762,7 +763,7 @@ def run(args, paths, config, tokenizer, overlaps, device, dtype):
         return dry_run(config, rows, tokenizer, args, process) if rank == 0 else None
     content = [[[row.task, row.prompt, row.completion] for row in part] for part in (rows, held)]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    made_by = {"student": known[0], "rows": digest, "dtype": str(process.dtype).removeprefix("torch.")}
+    made_by = {"student": student, "rows": digest, "dtype": str(process.dtype).removeprefix("torch.")}
     made_by |= {name: getattr(args, name) for name in SETTINGS}
     check_out(out, made_by)
     wait()  # nobody writes before all have looked
