@@ -61,14 +61,11 @@ def random_model(name, device, dtype):
     import torch
 
     import model as m
+    import parallel
 
     torch.manual_seed(0)
     config = m.Config.from_dict(SHAPES[name])
-    with torch.device("meta"):  # so that no weight is filled twice, or in another type first
-        model = m.Decoder(config).to(dtype)
-    model = model.to_empty(device=device).eval()
-    model.lm_head.weight = model.model.embed_tokens.weight
-    model.rope_freq = m.rope_frequencies(config)[0].to(device)
+    model = m.materialise(parallel.shapes(config, dtype), device)
     with torch.no_grad():
         for key, weight in model.named_parameters():
             weight.normal_(0, 0.02) if weight.dim() > 1 else weight.fill_("norm" in key)
