@@ -191,7 +191,7 @@ def fingerprint(folder, dtype):
     """A short hash that tells two sets of weights apart: of all norms, biases and first rows, rounded to `dtype`."""
     raw = read_json(folder / "config.json")
     found = each_weight(folder, Config.from_dict(raw).tie_embeddings)
-    parts = {name: weight[...] if len(weight.get_shape()) == 1 else weight[:1] for name, weight in found}
+    parts = {name: weight[:1] if len(weight.get_shape()) > 1 else weight[...] for name, weight in found}
     digest = hashlib.sha256(json.dumps(raw, sort_keys=True).encode())
     for name in sorted(parts):
         digest.update(parts[name].to(dtype).float().numpy().tobytes())

@@ -322,7 +322,7 @@ def materialise(model, device):
 
 
 def each_weight(folder, tied):
-    """Yield (name, safetensors slice, file) for all weights of a folder that a decoder has; only safetensors."""
+    """Yield (name, its safetensors slice) for the weights of a folder; of weights only safetensors."""
     files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if index.exists() and not (folder / files[0]).exists():
         names = read_json(index).get("weight_map")  # of each weight, its file
