@@ -277,7 +277,8 @@ class Output:
             known = isinstance(row, dict) and isinstance(row.get("id"), (str, int)) and self.rows.get(row["id"])
             if not known or (row | known) != row:
                 raise InputError(f"--out {self.path}: exists, with other or more problems; choose another or delete it")
-            done[row["id"]] = row
+            if len(row.get("candidates", ())) >= len(done.get(row["id"], {}).get("candidates", ())):  # the latest wave
+                done[row["id"]] = row
         return done
 
     def append(self, rows):

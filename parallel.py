@@ -119,17 +119,18 @@ def load_share(folder, device, dtype, part, parts):
 
 def join(model, parts):
     """All processes call this: each `parts` that follow one another compute their model together from here on."""
-    group, _ = dist.new_subgroups(parts, timeout=timedelta(days=30))
+    joined_before = hasattr(model, "group")
+    model.group, _ = dist.new_subgroups(parts, timeout=timedelta(days=30))
 
     def add_up(layer, inputs, output):
-        dist.all_reduce(output, group=group)
+        dist.all_reduce(output, group=model.group)
 
     def agree(x):
-        dist.all_reduce(x, dist.ReduceOp.MIN, group=group)
+        dist.all_reduce(x, dist.ReduceOp.MIN, group=model.group)
         return x
 
     model.agree = agree  # with the same memory and the same tokens they take the same steps
-    for block in model.model.layers:
+    for block in () if joined_before else model.model.layers:
         for layer in (block.self_attn.o_proj, block.mlp.down_proj):
             layer.register_forward_hook(add_up)
 

@@ -3,6 +3,7 @@
     python sample.py                                                        the built-in tiny model
     python sample.py --model qwen-1.5b --data gsm8k --n 8 --out runs/qwen-1.5b/gsm8k.candidates.jsonl
     python sample.py --model path/to/folder --data problems.jsonl --limit 20 --n 4 --out candidates.jsonl
+    python sample.py --model qwen-1.5b --data gsm8k --n 32 --adaptive       fewer where they soon agree
 
 The first stage of parallel self-refinement: N independent samples of the same prompt. Read
 `SOLVE_PROMPT`, `load_problems`, `write_rows` and `main`; names of models and benchmarks are in hub.py.
@@ -19,6 +20,7 @@ import dataclasses
 import math
 import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +29,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from files import InputError, Output, as_written, check_id, command_line, meta_path, read_json, read_jsonl, write_json
-from grade import extract_answer, gold_answer
+from grade import Grader, answer_of, extract_answer, gold_answer
 from hub import BENCHMARKS, find_model, fingerprint, hub_file, pack, pick_device, processes, versions
 from model import SamplingParams, Stats, Tokenizer, read_config, stream
 from parallel import check_fits, join, load_share
+from vote import classes, decided
 
 # The wording that Qwen2.5-Math made common; any instruction-tuned model follows it.
 SOLVE_PROMPT = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
@@ -129,13 +132,19 @@ def load_sampler(args):
 class Progress:
     """A bar over the tokens of all processes: of prompts, and of samples, expected as long as those that have ended.
 
-    `add` sums over the processes: finished samples at once, token counts once a second.
+    `add` sums over the processes: what is expected and finished samples at once, token counts once a second.
     """
 
-    def __init__(self, name, to_read, to_sample, longest, add, disable):
-        self.to_read, self.to_sample, self.add, self.told, self.told_at = to_read, to_sample, add, Stats(), 0.0
-        total = to_read + to_sample * longest
-        self.bar = tqdm(desc=name, total=total, unit=" tokens", unit_scale=True, disable=disable)
+    def __init__(self, name, longest, add, disable):
+        self.longest, self.add, self.told, self.told_at = longest, add, Stats(), 0.0
+        self.bar = tqdm(desc=name, total=0, unit=" tokens", unit_scale=True, disable=disable)
+
+    def expect(self, requests):
+        """Some of [(prompt token ids, keys)] are going to be sampled."""
+        self.add("to read", sum(len(ids) for ids, _ in requests))
+        self.add("to sample", sum(len(keys) for _, keys in requests))
+        self.add("going", -self.told.running)
+        self.told = Stats()  # the next stream counts from 0
 
     def update(self, stats, finished, last):
         """Add what one step finished; True where a second has passed, and the bar was brought up to date."""
@@ -147,27 +156,31 @@ class Progress:
         drawn = self.add("drawn", stats.generated - self.told.generated)
         going = self.add("going", stats.running - self.told.running)
         self.told, self.told_at = dataclasses.replace(stats), time.time()
-        self.bar.total = self.to_read + self.to_sample * length // n if n else self.bar.total
-        self.bar.set_postfix_str(f"{n}/{self.to_sample} samples, {going} in flight", refresh=False)
+        to_sample = self.add("to sample", 0)
+        self.bar.total = self.add("to read", 0) + to_sample * (length // n if n else self.longest)
+        self.bar.set_postfix_str(f"{n}/{to_sample} samples, {going} in flight", refresh=False)
         self.bar.update(min(read + drawn, self.bar.total) - self.bar.n)
         return True
 
 
-def sample_rows(args, sampler, requests, indices, finish, step):
-    """Sample requests[i] for each i in `indices`; step(stats, samples, rows, last) gets what a pass has finished."""
+def sample_rows(args, sampler, requests, finish, step):
+    """Sample what rows ask for, {row's number: [(prompt token ids, a key for each sample), ...]}.
+
+    step(stats, samples, rows, last) gets what a pass has finished, the rows made by finish(i, completions).
+    """
     model, tokenizer, params = sampler
     place, prompts, keys, answers = [], [], [], {}  # place: of each request, its row and which of its requests
-    for i in indices:
-        answers[i] = [[None] * len(its_keys) for _, its_keys in requests[i]]
-        for number, (ids, its_keys) in enumerate(requests[i]):
+    for i, its_requests in requests.items():
+        answers[i] = [[None] * len(its_keys) for _, its_keys in its_requests]
+        for number, (ids, its_keys) in enumerate(its_requests):
             place.append((i, number))
             prompts.append(ids)
             keys.append(its_keys)
-    left, stats = {i: sum(map(len, answers[i])) for i in indices}, Stats()
+    left, stats = {i: sum(map(len, some)) for i, some in answers.items()}, Stats()
     memory = None if args.memory is None else int(args.memory * 2**30)
     options = {"batch_size": args.batch_size, "memory": memory, "stats": stats}
     options["graphs"] = args.graphs and args.tensor_parallel == 1  # sums over processes are not recorded
-    for finished in stream(model, prompts, keys, params, tokenizer.stop_ids, **options) if prompts else ():
+    for finished in stream(model, prompts, keys, params, tokenizer.stop_ids, **options):
         done = []
         for request, j, completion in finished:
             i, number = place[request]
@@ -178,17 +191,20 @@ def sample_rows(args, sampler, requests, indices, finish, step):
         step(stats, finished, done, not answers)
 
 
-def write_rows(args, out, rows, requests, finish, sampler, made_by, record):
+def write_rows(args, out, rows, requests, finish, sampler, made_by, record, left=None):
     """Sample what each row asks for and write the finished rows to `out`; what is there already is kept.
 
     `requests[i]` is a list of (prompt token ids, one key for each of its samples) for row number i, and
-    `finish(i, completions)` the finished row, from a list of Completions for each request. The meta file says
+    `finish(i, completions, row)` the finished row, from a list of Completions for each request. The meta file says
     `made_by`, what the output depends on, and `record`. Processes, or groups of --tensor-parallel, share the rows out.
+    What is sampled in waves: `left(i, row)` are the requests of the next one, where `row` (None: nothing) is there.
     """
     model, meta, started = sampler.model, meta_path(out), time.time()
-    device, dtype = model.rope_freq.device, str(model.lm_head.weight.dtype).removeprefix("torch.")
-    made_by = {**made_by, "weights": fingerprint(sampler.tokenizer.folder, model.lm_head.weight.dtype)}
-    made_by |= {"dtype": dtype, "seed": args.seed, "sampling": dataclasses.asdict(sampler.params)}
+    left = left or (lambda i, row: [] if row else requests[i])
+    device, dtype = model.rope_freq.device, model.model.embed_tokens.weight.dtype
+    made_by = {**made_by, "weights": fingerprint(sampler.tokenizer.folder, dtype)}
+    made_by |= {"dtype": str(dtype).removeprefix("torch."), "seed": args.seed}
+    made_by |= {"sampling": dataclasses.asdict(sampler.params)}
     record |= {"model": args.model, "flags": vars(args), "versions": versions()}
     (rank, world, add, wait), share = processes(device, str(out)), args.tensor_parallel
     if share > 1:  # so many processes draw the same samples, and one of them writes
@@ -196,15 +212,16 @@ def write_rows(args, out, rows, requests, finish, sampler, made_by, record):
     writes, rank, world = rank % share == 0, rank // share, world // share
     lead = writes and rank == 0
     output = Output(out, rows, made_by, rank)
-    before = read_json(meta) if output.done else {}
+    there, before = output.done, read_json(meta) if output.done else {}
     wait()  # nobody writes before all have looked
-    missing = [i for i, row in enumerate(rows) if row["id"] not in output.done]
-    to_read = sum(len(ids) for i in missing for ids, _ in requests[i])
-    to_sample = sum(len(keys) for i in missing for _, keys in requests[i])
+    todo = {i: some for i, row in enumerate(rows) if (some := left(i, there.get(row["id"])))}
+    mine = dict(list(todo.items())[rank::world])
     if lead:
-        there = f"{len(output.done)} of {len(rows)} problems are there" if missing else "complete"
-        print(f"{out}: {there} already" if output.done else f"{out}: {len(rows)} problems", end="")
-        print(f"; {to_sample:,} samples, {to_read:,} prompt tokens, {device}, {dtype}" if missing else "")
+        asked = [request for some in todo.values() for request in some]
+        to_sample, to_read = sum(len(keys) for _, keys in asked), sum(len(ids) for ids, _ in asked)
+        done = f"{len(rows) - len(todo)} of {len(rows)} problems are there" if todo else "complete"
+        print(f"{out}: {done} already" if there else f"{out}: {len(rows)} problems", end="")
+        print(f"; {to_sample:,} samples, {to_read:,} prompt tokens, {device}, {made_by['dtype']}" if todo else "")
 
     def write_meta(complete, **tokens):
         if lead:
@@ -213,24 +230,28 @@ def write_rows(args, out, rows, requests, finish, sampler, made_by, record):
             write_json(meta, {**made_by, **record, "tokens": tokens, "seconds": seconds, "complete": complete})
 
     def step(stats, finished, done, last):
+        there.update((row["id"], row) for row in done)
         if done and writes:
             output.append(done)
         if writes and progress.update(stats, finished, last):
             write_meta(complete=False)
 
-    longest, hidden = sampler.params.max_new_tokens, not (lead and missing)
-    progress = Progress(Path(out).name, to_read, to_sample, longest, add, hidden)
+    progress = Progress(Path(out).name, sampler.params.max_new_tokens, add, not (lead and todo))
     with progress.bar:
-        if missing:
+        if todo:
             pack(model)
             write_meta(complete=False)
         try:
-            sample_rows(args, sampler, requests, missing[rank::world], finish, step)
+            while mine:
+                if writes:
+                    progress.expect([request for some in mine.values() for request in some])
+                sample_rows(args, sampler, mine, lambda i, answers: finish(i, answers, there.get(rows[i]["id"])), step)
+                mine = {i: some for i in mine if (some := left(i, there[rows[i]["id"]]))}
         except torch.OutOfMemoryError:
             raise InputError(f"the device's memory is full; {out} goes on with a smaller --memory or --batch-size")
         wait()
         progress.bar.update(progress.bar.total - progress.bar.n)
-    if lead and (missing or not before.get("complete") or output.parts()):
+    if lead and (todo or not before.get("complete") or output.parts()):
         read = add("read", 0) + before.get("tokens", {}).get("prompt_read", 0)
         completions = (c for row in output.finish() for c in row.get("refinements", row["candidates"]))
         write_meta(complete=True, prompt_read=read, generated=sum(c["n_tokens"] for c in completions))
@@ -295,11 +316,20 @@ def sampling_params(args, defaults):
 # ------------------------------------------------------------------------------------------------
 
 
+def undecided(row, grader):
+    """Is the vote of a row's candidates still open, by the criterion of `decided`? No right answer is looked at."""
+    answers = [answer_of(candidate, row["prompt"]) for candidate in row["candidates"]]
+    votes = Counter(number for number in classes(None, answers, grader) if number >= 0)
+    return not decided(*sorted([0, 0, *votes.values()])[:-3:-1])
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--model", default="tiny", help="short name (see hub.py), hub id or folder (default: tiny)")
     parser.add_argument("--data", default="tiny", help=f"a file, or one of: {', '.join(BENCHMARKS)} (default: tiny)")
     parser.add_argument("-n", "--n", type=int, default=4, help="candidates a problem (default: 4)")
+    adaptive = "in waves of 2, 4, 8, ...; a problem whose vote is decided, at 95%%, gets no more (n at most)"
+    parser.add_argument("--adaptive", action="store_true", help=adaptive)
     parser.add_argument("--limit", type=int, help="only the first so many problems")
     parser.add_argument("--out", help="default: runs/MODEL/DATA.candidates.jsonl")
     add_sampling_flags(parser)
@@ -319,10 +349,19 @@ def main(argv=None):
         prompts.append({"prompt": text, "n_prompt_tokens": len(ids)})
         requests.append([(ids, [(args.seed, str(problem["id"]), j) for j in range(args.n)])])  # N random keys
 
-    def finish(i, answers):
-        return {**problems[i], **prompts[i], "candidates": [as_json(c, sampler.tokenizer) for c in answers[0]]}
+    def finish(i, answers, row):
+        more = [as_json(completion, sampler.tokenizer) for completion in answers[0]]
+        return {**problems[i], **prompts[i], "candidates": (row["candidates"] if row else []) + more}
 
-    write_rows(args, out, problems, requests, finish, sampler, {"n": args.n}, {"data": args.data})
+    def next_wave(i, row):
+        [(ids, keys)], n = requests[i], len(row["candidates"]) if row else 0
+        more = torch.tensor(float(n < args.n and (n < 2 or undecided(row, grader))), device=device)
+        return [(ids, keys[n : max(2, 2 * n)])] if sampler.model.agree(more) else []
+
+    grader, device, made_by = Grader(), sampler.model.rope_freq.device, {"n": args.n, "adaptive": args.adaptive or None}
+    waves = next_wave if args.adaptive else None
+    write_rows(args, out, problems, requests, finish, sampler, made_by, {"data": args.data}, waves)
+    grader.close()
 
 
 if __name__ == "__main__":

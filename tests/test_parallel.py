@@ -61,9 +61,12 @@ def test_a_model_in_two_parts_draws_the_same(kind, changes, tmp_path, problems):
             made = read_json(meta_path(tmp_path / "0.refined.jsonl"))
             meta_path(out).write_text(json.dumps({**made, "complete": False}))
         given = ["--candidates", tmp_path / "0.candidates.jsonl", *flags[:2], *flags[6:], "--out", out]
+        given += ["-k", 2, "--rounds", 2]  # sums over processes that are made a second time are not added twice
         code, printed = run("refine.py", processes, *given, "--tensor-parallel", share)
         assert code == 0 and ("3 of 7 problems are there" in printed) == bool(processes), printed
         assert texts(out) == texts(tmp_path / "0.refined.jsonl")
+        second = tmp_path / f"{processes}.round2.refined.jsonl"
+        assert texts(second) == texts(tmp_path / "0.round2.refined.jsonl")
     parameters = read_json(meta_path(tmp_path / "2.refined.jsonl"))["parameters"]
     assert parameters == sum(p.numel() for p in m.load(folder)[0].parameters())
 

@@ -67,7 +67,7 @@ def test_files_hold_what_the_contract_says(candidates, random_model):
     for row, before in zip(refined, rows):
         assert {**before, "refinements": row["refinements"]} == row and len(row["refinements"]) == 2
         for r in row["refinements"]:
-            assert list(r) == [*c, "order", "prompt", "n_prompt_tokens"]
+            assert list(r) == [*c, "drawn", "order", "prompt", "n_prompt_tokens"] and r["drawn"] == 4
             texts = [evaluate.strip_thinking(before["candidates"][i]["text"]) for i in r["order"]]
             shown = [r["prompt"].index(text) for text in texts]
             assert shown == sorted(shown)  # `order` is the order in the prompt
