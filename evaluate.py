@@ -7,8 +7,9 @@
     python evaluate.py --suite math --model qwen-1.5b --n 8 --limit 100            sample, refine and report
 
 Writes report.json, report.md and figures. Only texts and right answers are needed: what a file does not say (tokens,
-log-probabilities, refinements) is a dash in the tables. Reading order: voting, estimators, reading files, methods, the
-gap, the report, the suite. grade.py says which answers mean the same, figures.py draws and prints the report.
+log-probabilities, refinements) is a dash in the tables. Reading order: estimators, reading files, methods, the gap,
+more questions, the report, the suite. grade.py says which answers mean the same, vote.py counts votes, figures.py draws
+and prints the report.
 
 What is compared, for problems with N candidates and K refinements each, on the same candidates throughout:
 
@@ -46,7 +47,7 @@ from pathlib import Path
 
 import numpy as np
 
-from figures import BLUE, GREY, as_markdown, as_text, cell, correlations, draw, tables_of
+from figures import BLUE, GREY, as_markdown, as_text, checklist, details, draw, notes, scaling, shorten, tables_of
 from files import InputError, command_line, disk_errors, each_row, meta_path, read_json, write_json, write_text
 from grade import Grader, extract_answer, gold_answer, strip_thinking
 from vote import best, borda, class_sums, classes, distinct, vote
@@ -132,24 +133,6 @@ def mcnemar(differences):
     return better, worse, min(1.0, float(Fraction(2 * tail, 2 ** (better + worse))))
 
 
-def spearman(x, y):
-    """Rank correlation of x and y [n] and its 95% interval (Bonett and Wright 2000), over models as a sample.
-
-    None for fewer than 3, or where one of them is constant; no interval for fewer than 4. A perfect order
-    counts as half a swap of neighbours less in the interval, which would have no width otherwise.
-    """
-    both, n, r, ends = np.array([x, y], dtype=float), len(x), None, None
-    above, equal = both[:, :, None] > both[:, None], both[:, :, None] == both[:, None]
-    ranks = above.sum(2) + (equal.sum(2) + 1) / 2  # equal values share the mean of their ranks
-    if n >= 3 and ranks.std(1).min() > 0:
-        r = float(np.clip(np.corrcoef(ranks)[0, 1], -1, 1))
-    if r is not None and n >= 4:
-        bound = 1 - 6 / (n**3 - n)
-        z, half = math.atanh(min(max(r, -bound), bound)), 1.96 * math.sqrt((1 + r * r / 2) / (n - 3))
-        ends = [min(r, math.tanh(z - half)), max(r, math.tanh(z + half))]
-    return {"models": n, "spearman": r, "ci95": ends}
-
-
 # ------------------------------------------------------------------------------------------------
 # Reading files
 
@@ -161,8 +144,9 @@ class Outcomes:
     A number that a file does not have is nan. In a file of candidates K is 0.
     """
 
-    votes: np.ndarray  # [S, P, N] classes of equal answers: 0 right, -1 none
-    refined: np.ndarray  # [S, P, K] in the same classes
+    votes: np.ndarray  # [S, P, N] classes of equal answers: 0 right, -1 none, -2 not sampled (sample.py --adaptive)
+    refined: np.ndarray  # [S, P, K] in the same classes, of the last round
+    rounds: np.ndarray  # [S, P, R, M] in the same classes: the refinements of the R rounds before it, seldom any
     tokens: np.ndarray  # [S, P, N] generated
     logprob: np.ndarray  # [S, P, N] of the whole candidate
     certainty: np.ndarray  # [S, P, N]
@@ -173,12 +157,16 @@ class Outcomes:
     refined_cut: np.ndarray  # [S, P, K]
     refined_prompt_tokens: np.ndarray  # [S, P, K]
     copied: np.ndarray  # [S, P, K] has the text of one of the candidates
-    order: np.ndarray  # [S, P, K, N]: which candidate stood at which place of the prompt, -1 for none
+    drawn: np.ndarray  # [S, P, K]: how many candidates were drawn to be shown
+    order: np.ndarray  # [S, P, K, N]: which candidate (of M, in a later round) stood at which place, -1 for none
+    rounds_tokens: np.ndarray  # [S, P, R, M]
+    rounds_prompt_tokens: np.ndarray  # [S, P, R, M]
 
 
 # What a file calls these numbers about each candidate and about each refinement.
 CANDIDATE = dict(tokens="n_tokens", logprob="logprob", certainty="self_certainty", score="score", cut="finish_reason")
 REFINEMENT = dict(refined_tokens="n_tokens", refined_cut="finish_reason", refined_prompt_tokens="n_prompt_tokens")
+ROUNDS = dict(rounds_tokens="n_tokens", rounds_prompt_tokens="n_prompt_tokens")
 
 
 def completions(row, key, where):
@@ -211,25 +199,46 @@ def read_problem(row, where):
     """What counts about a row of a candidates or refined file, without its texts: files are larger than memory."""
     candidates = completions(row, "candidates", where)
     refinements = completions(row, "refinements", where) if "refinements" in row else []
+    rounds = row.get("rounds") or []
+    rounds = [completions({"rounds": x}, "rounds", where) for x in (rounds if isinstance(rounds, list) else [rounds])]
+    if len(set(map(len, rounds))) > 1:
+        raise InputError(f"{where}: its rounds have more and fewer refinements")
     if isinstance(row.get("answer"), (list, dict)):
         raise InputError(f"{where}: its answer is no text but {reprlib.repr(row['answer'])}")
-    order = np.full((len(refinements), len(candidates)), -1, dtype=np.int16)
+    N, R, sources = row.get("adaptive") or len(candidates), len(rounds), rounds[-1] if rounds else candidates
+    if type(N) is not int or N < len(candidates):
+        raise InputError(f"{where}: 'adaptive' is {N!r}, not the most candidates that it could have")
+    order = np.full((len(refinements), max(N, len(sources))), -1, dtype=np.int16)
     for places, refinement in zip(order, refinements):
         shown = refinement.get("order") or []
-        if not isinstance(shown, list) or not all(i in range(len(places)) and shown.count(i) == 1 for i in shown):
-            raise InputError(f"{where}: the order {reprlib.repr(shown)} is not one of its {len(places)} candidates")
+        if not isinstance(shown, list) or not all(i in range(len(sources)) and shown.count(i) == 1 for i in shown):
+            raise InputError(f"{where}: the order {reprlib.repr(shown)} is not one of its {len(sources)} candidates")
         places[: len(shown)] = shown
-    texts = [strip_thinking(item["text"], str(row.get("prompt") or "")) for item in candidates]
-    refined = [strip_thinking(item["text"], str(item.get("prompt") or "")) for item in refinements]
-    originals = set(texts) - {""}  # nobody copies a candidate that is all thought: no prompt shows it
+    earlier, prompt = [item for some in rounds for item in some], str(row.get("prompt") or "")
+    texts, before, refined = (
+        [strip_thinking(item["text"], str(item.get("prompt") or prompt)) for item in some]
+        for some in (candidates, earlier, refinements)
+    )
+    originals = set(texts + before) - {""}  # nobody copies a candidate that is all thought: no prompt shows it
+    drawn, padding = numbers(refinements, "drawn", where), (0, N - len(candidates))
+    drawn = np.where(np.isnan(drawn), len(sources), drawn)
+    if not np.isin(drawn, np.arange(1, len(sources) + 1)).all():
+        raise InputError(f"{where}: its refinements were drawn {drawn.tolist()} of {len(sources)} candidates")
+    found = {field: numbers(candidates, key, where) for field, key in CANDIDATE.items()}
+    for field, values in found.items():  # nothing was generated for candidates that were not sampled
+        found[field] = np.pad(values, padding, constant_values=0 if field == "tokens" else np.nan)
     return {
         "answer": gold_answer(row.get("answer")),
         "answers": [extract_answer(text) for text in texts],
+        "rounds": [extract_answer(text) for text in before],
         "refinements": [extract_answer(text) for text in refined],
+        "sizes": (N, R, len(refinements)),
         "copied": np.array([text in originals for text in refined], dtype=float),
         "prompt_tokens": numbers([row], "n_prompt_tokens", where),
-        **{field: numbers(candidates, key, where) for field, key in CANDIDATE.items()},
+        **found,
         **{field: numbers(refinements, key, where) for field, key in REFINEMENT.items()},
+        **{field: numbers(earlier, key, where).reshape(R, len(earlier) // max(R, 1)) for field, key in ROUNDS.items()},
+        "drawn": drawn,
         "order": order,
     }
 
@@ -243,7 +252,8 @@ def read_file(path):
     problems, skipped, first = {}, 0, None
     for row in each_row(path, keys=("id", "problem", "answer", "candidates")):
         problem = read_problem(row, where := f"{path}, id {row['id']!r}")
-        size = f"{len(problem['answers'])} candidates and {len(problem['refinements'])} refinements"
+        N, R, K = problem["sizes"]
+        size = f"{N} candidates and {K} refinements" + (f" after {R} rounds of {len(problem['rounds']) // R}" if R else "")
         if (first := first or size) != size:
             raise InputError(f"{where}: {size}, but {first} in the first row; pass@k and maj@k need equal numbers")
         if problem["answer"] is not None:
@@ -263,7 +273,7 @@ def check_same_problems(paths, files):
         for identity in problems.keys() ^ first.keys():
             raise InputError(f"{path}: id {identity!r} is not in both this file and {paths[0]}; one row needs both")
         for identity, problem in problems.items():
-            if any(len(problem[key]) != len(first[identity][key]) for key in ("answers", "refinements")):
+            if problem["sizes"] != first[identity]["sizes"]:
                 raise InputError(f"{path}, id {identity!r}: more or fewer candidates or refinements than {paths[0]}")
             if problem["answer"] != first[identity]["answer"]:
                 raise InputError(f"{path}, id {identity!r}: another right answer than in {paths[0]}")
@@ -272,9 +282,10 @@ def check_same_problems(paths, files):
 def grade_files(files, grader, what=None):
     """Several files about the same problems: a list of what read_file gave -> Outcomes."""
     S, first = len(files), files[0]
+    N, R, K = next(iter(first.values()))["sizes"]
     golds = [problem["answer"] for problem in first.values()]
     answers = [[a for problems in files for a in problems[i]["answers"]] for i in first]  # [P][S * N]
-    refined = [[a for problems in files for a in problems[i]["refinements"]] for i in first]  # [P][S * K]
+    refined = [[a for problems in files for key in ("rounds", "refinements") for a in problems[i][key]] for i in first]
     # math-verify is asked in two rounds, so that its processes have all there is to do at once: which answers are
     # right, and which of the wrong ones are the same.
     different = [list(distinct(*both).values()) for both in zip(answers, refined)]
@@ -282,12 +293,18 @@ def grade_files(files, grader, what=None):
     wrong = [[a for a in some if not grader.equal(gold, a)] for gold, some in zip(golds, different)]
     grader.grade((pair for some in wrong for pair in itertools.permutations(some, 2)), what)
 
-    number = [classes(gold, some, grader, more) for gold, some, more in zip(golds, answers, refined)]
-    parts = np.split(np.array(number, dtype=np.int16), [len(answers[0])], 1)  # [P, S * N], [P, S * K]
-    votes, refined_votes = (part.reshape(len(part), S, part.shape[1] // S).swapaxes(0, 1) for part in parts)
-    names = [field.name for field in dataclasses.fields(Outcomes)[2:]]
+    P, M = len(first), len(next(iter(first.values()))["rounds"]) // max(R, 1)
+    votes, later = np.full((S, P, N), -2, dtype=np.int16), np.empty((S, P, R * M + K), dtype=np.int16)
+    for p, (identity, gold, some, more) in enumerate(zip(first, golds, answers, refined)):
+        number = iter(classes(gold, some, grader, more))
+        for of_file, problems in zip(votes[:, p], files):
+            n = len(problems[identity]["answers"])
+            of_file[:n] = list(itertools.islice(number, n))
+        later[:, p] = np.reshape(list(number), (S, R * M + K))
+    rounds, refined = later[..., : R * M].reshape(S, P, R, M), later[..., R * M :]
+    names = [field.name for field in dataclasses.fields(Outcomes)[3:]]
     arrays = {name: np.array([[problems[i][name] for i in first] for problems in files]) for name in names}
-    return Outcomes(votes=votes, refined=refined_votes, **arrays)
+    return Outcomes(votes=votes, refined=refined, rounds=rounds, **arrays)
 
 
 def read_meta(path, refined):
@@ -301,14 +318,40 @@ def read_meta(path, refined):
         print(f"{path}: not complete yet; run the command that makes it again for the whole")
     sampled = meta_path(meta.get("data") or "-") if refined else meta_path(path)
     before = number(read_json(sampled), "seconds") if sampled.exists() else None
-    seconds = {"candidates": before, "refinement": number(meta, "seconds") if refined else None}
+    after = number(meta, "seconds") if refined else None
+    after = None if after is None else after + (number(meta, "seconds_before") or 0)  # of the rounds before
+    seconds = {"candidates": before, "refinement": after}
     return {"model": meta.get("model"), "parameters": number(meta, "parameters"), "seconds": seconds}
 
 
 # ------------------------------------------------------------------------------------------------
 # Methods
 
-ALL, ONE = np.sum, np.mean  # the tokens of all candidates or refinements of a problem, or of one of them
+
+def sampled(x):
+    """[S, P, N], False where --adaptive stopped before it."""
+    return x.votes > -2
+
+
+# What is generated for a method, Outcomes -> [S, P] tokens.
+
+
+def all_candidates(x):
+    return x.tokens.sum(-1)
+
+
+def one_candidate(x):
+    return x.tokens.sum(-1) / sampled(x).sum(-1)
+
+
+def one_refinement(x):
+    """Itself and what it was made from: the candidates that were drawn for it, or all rounds before it."""
+    made_from = all_candidates(x) if x.rounds.shape[2] else one_candidate(x) * x.drawn.mean(-1)
+    return made_from + x.rounds_tokens.sum((2, 3)) + x.refined_tokens.mean(-1)
+
+
+def everything(x):
+    return all_candidates(x) + x.rounds_tokens.sum((2, 3)) + x.refined_tokens.sum(-1)
 
 
 @dataclass
@@ -319,15 +362,9 @@ class Method:
     label: str  # in words, with {n} candidates and {k} refinements
     credit: Callable  # Outcomes -> [S, P], the share of a right answer
     needs: tuple = ()  # the fields of Outcomes that it cannot do without
-    candidates: Callable = ALL  # what it costs: ALL or ONE of the candidates
-    refinements: Callable | None = None  # and ALL, ONE or none of the refinements
+    tokens: Callable = all_candidates  # Outcomes -> [S, P], generated for it
     marker: str = "o"  # in figures
     colour: str = GREY  # the refinement and the vote that it is measured against stand out
-
-    def tokens(self, x):
-        """Outcomes -> [S, P], the tokens generated for it."""
-        of_refinements = self.refinements(x.refined_tokens, -1) if self.refinements else 0
-        return self.candidates(x.tokens, -1) + of_refinements
 
 
 def probabilities(x):
@@ -344,8 +381,13 @@ def together(x):
     return np.concatenate([x.votes, x.refined], -1)
 
 
+def one_sample(x):
+    """[S, P]; in a file of --adaptive of the first wave, which all problems have."""
+    return (x.votes[..., : sampled(x).sum(-1).min()] == 0).mean(-1)
+
+
 METHODS = [
-    Method("pass@1", "one sample", lambda x: (x.votes == 0).mean(-1), candidates=ONE),
+    Method("pass@1", "one sample", one_sample, tokens=one_candidate),
     Method("maj@N", "majority vote of {n}", lambda x: vote(x.votes), marker="s", colour="black"),
     Method("weighted", "vote by probability", lambda x: vote(x.votes, probabilities(x)), ("logprob",), marker="<"),
     Method(
@@ -355,9 +397,9 @@ METHODS = [
         "certainty", "vote by self-certainty", lambda x: vote(x.votes, borda(x.certainty)), ("certainty",), marker=">"
     ),
     Method("score", "highest score", lambda x: best(x.votes, x.score), ("score",), marker="p"),
-    Method("refined", "refined", lambda x: (x.refined == 0).mean(-1), ("refined",), ALL, ONE, "D", BLUE),
-    Method("refmaj", "vote of {k} refinements", lambda x: vote(x.refined), ("refined",), ALL, ALL, "P"),
-    Method("union", "vote of all, refined too", lambda x: vote(together(x)), ("refined",), ALL, ALL, "X"),
+    Method("refined", "refined", lambda x: (x.refined == 0).mean(-1), ("refined",), one_refinement, "D", BLUE),
+    Method("refmaj", "vote of {k} refinements", lambda x: vote(x.refined), ("refined",), everything, "P"),
+    Method("union", "vote of all, refined too", lambda x: vote(together(x)), ("refined",), everything, "X"),
     Method("pass@N", "any right of {n}", lambda x: (x.votes == 0).any(-1).astype(float), marker="^"),
 ]
 
@@ -387,9 +429,11 @@ def equal_cost(x, maj_at_k):
     The true curve flattens, so the straight line overestimates the vote.
     """
     most, found = maj_at_k.shape[1], {}
-    generated = x.refined_tokens.mean()
-    for name, cost in (("generated", generated), ("with_prompts", generated + x.refined_prompt_tokens.mean())):
-        k = x.votes.shape[2] + cost / max(x.tokens.mean(), 1)
+    a_candidate = max(x.tokens.sum() / sampled(x).sum(), 1)
+    generated = one_refinement(x).mean()
+    prompts = (x.rounds_prompt_tokens.sum((2, 3)) + x.refined_prompt_tokens.mean(-1)).mean()
+    for name, cost in (("generated", generated), ("with_prompts", generated + prompts)):
+        k = cost / a_candidate
         found[name] = {"k": float(k) if np.isfinite(k) else None}
         if k <= most:  # between two whole numbers, in a straight line
             low = math.floor(k)
@@ -411,37 +455,56 @@ def order_sensitivity(x):
     refined accuracy if the one at that place is right, and over how many refinements; orders are drawn, so places
     are comparable.
     """
-    K, N = x.order.shape[2:]
+    K, sources = x.order.shape[2], x.rounds[:, :, -1] if x.rounds.shape[2] else x.votes  # [S, P, N] or [S, P, M]
+    order = x.order[..., : int(x.drawn.max())]  # of the places that a prompt has
     first, second = np.triu_indices(K, 1)
-    other = (x.order[:, :, first] != x.order[:, :, second]).any(3)  # [S, P, pairs]
+    other = (order[:, :, first] != order[:, :, second]).any(3)  # [S, P, pairs]
     differ = x.refined[:, :, first] != x.refined[:, :, second]
-    right = np.broadcast_to((x.votes == 0)[:, :, None], x.order.shape)
-    right = np.take_along_axis(right, x.order.clip(0).astype(int), 3)  # [S, P, K, N] by place
-    mixed = (x.order >= 0).all(3) & ~right.all(3)  # [S, P, K]
-    chosen = [(x.refined == 0)[mixed & right[..., place]] for place in range(N)]
+    right = np.broadcast_to((sources == 0)[:, :, None], (*sources.shape[:2], K, sources.shape[2]))
+    right = np.take_along_axis(right, order.clip(0).astype(int), 3)  # [S, P, K, places]
+    mixed = (order >= 0).all(3) & ~right.all(3)  # [S, P, K]
+    chosen = [(x.refined == 0)[mixed & right[..., place]] for place in range(order.shape[3])]
     at_place = [[mean(values), len(values)] for values in chosen]
     return {"changed": mean(differ[other]), "pairs": int(other.sum()), "at_place": at_place}
 
 
 def agreement(votes):
-    """How far candidates agree: votes [S, P, N] -> {name: [S, P]}, of which one is true of each problem.
+    """How far candidates agree: votes [..., N] -> {name: [...]}, of which one is true of each problem.
 
-    Of N candidates, those without an answer are in no class: all in one class, more than half, some votes, none.
+    Of the candidates that were sampled, those without an answer are in no class: all in one class, more than half,
+    some votes, none.
     """
-    N, most = votes.shape[2], class_sums(votes, np.ones(votes.shape)).max(2)  # [S, P]
+    N, most = (votes > -2).sum(-1), class_sums(votes, np.ones(votes.shape)).max(-1)
     above = {"unanimous": most == N, "majority": (most < N) & (2 * most > N)}
     return above | {"split": (most > 0) & (2 * most <= N), "none": most == 0}
 
 
-def count(values, at):
-    """values, at [S, P] -> [how many of them, of how many] where `at` is true."""
-    total = round(float(values[at].sum()), 6)
-    return [int(total) if total.is_integer() else total, int(at.sum())]
+def count(values, at, every=1):
+    """values, at of one shape -> [how many of them, of how many] where `at` is true; `every` of them are a problem."""
+    total, of = (round(float(x), 6) for x in (values[at].sum() / every, at.sum() / every))
+    return [int(total) if total.is_integer() else total, int(of) if of.is_integer() else of]
 
 
-def flips(maj, refined, at=True):
-    """How many votes the refinement turns around, where `at` is true: credits maj, refined [S, P] -> two counts."""
-    return {"wrong_to_right": count(refined, at & (maj == 0)), "right_to_wrong": count(1 - refined, at & (maj == 1))}
+def turned(before, after, at=True, every=1):
+    """How many answers become right and wrong, where `at` is true: the credits before and after -> two counts."""
+    kept = {"wrong_to_right": count(after, at & (before == 0), every)}
+    return kept | {"right_to_wrong": count(1 - after, at & (before == 1), every)}
+
+
+def flips(x, maj, refined):
+    """What the refinement turns around of the vote, credits [S, P], beside what one more candidate does."""
+    right, N = (x.votes == 0).sum(2), x.votes.shape[2]  # [S, P]
+    found = turned(maj, refined)
+    found["by_agreement"] = {name: turned(maj, refined, at) for name, at in agreement(x.votes).items()}
+    found["by_correct"] = [{"correct": c, **turned(maj, refined, right == c)} for c in range(N + 1)]
+    found["one_more"] = None
+    if N > 1 and sampled(x).all():  # from N - 1 to N, each candidate being the last in turn
+        others = [np.delete(x.votes, i, 2) for i in range(N)]
+        before, groups = np.stack([vote(some) for some in others]), [agreement(some) for some in others]  # [N, S, P]
+        after = np.broadcast_to(maj, before.shape)
+        by = {name: turned(before, after, np.stack([some[name] for some in groups]), N) for name in groups[0]}
+        found["one_more"] = {**turned(before, after, every=N), "by_agreement": by}
+    return found
 
 
 def about_refinement(x, credits, columns, draws, costs):
@@ -474,12 +537,60 @@ def about_refinement(x, credits, columns, draws, costs):
             "tied": count(refined, (maj > 0) & (maj < 1)),
             "majority_right_broken": count(1 - refined, maj == 1),
         },
-        "flips": {
-            **flips(maj, refined),
-            "by_agreement": {name: flips(maj, refined, at) for name, at in agreement(x.votes).items()},
-        },
+        "flips": flips(x, maj, refined),
         "order": order_sensitivity(x),
     }
+
+
+# ------------------------------------------------------------------------------------------------
+# More questions
+
+
+def with_interval(name, values):
+    """A number about each problem, [P] -> its mean under this name, and the interval of it."""
+    return {name: mean(values), "ci95": interval(bootstrap(values[:, None])[:, 0])}
+
+
+def by_shown(x, maj_at):
+    """Refinement by the number of candidates that were drawn to be shown, beside maj_at [S, P, N], maj@k of all."""
+    found = []
+    for shown in map(int, np.unique(x.drawn)):
+        at = x.drawn == shown  # [S, P, K]
+        these = at.any((0, 2))  # [P], problems with such a refinement
+        refined = ((x.refined == 0) & at).sum((0, 2))[these] / at.sum((0, 2))[these]
+        voted = maj_at[:, these, shown - 1].mean(0)
+        line = {"shown": shown, "problems": int(these.sum()), **with_interval("refined", refined)}
+        line |= {"maj": mean(voted), "gap": with_interval("points", refined - voted)}
+        found.append({**line, "tokens": mean(shown * x.tokens.mean() + x.refined_tokens[at].mean())})
+    return found
+
+
+def by_round(x, maj):
+    """The rounds of a file, the last one too: refined accuracy, vote and gap to the candidates' vote maj [S, P]."""
+    spent, found = all_candidates(x), []
+    rounds = [(x.rounds[:, :, r], x.rounds_tokens[:, :, r]) for r in range(x.rounds.shape[2])]  # [S, P, M] each
+    for number, (votes, tokens) in enumerate([*rounds, (x.refined, x.refined_tokens)], 1):
+        refined = (votes == 0).mean((0, 2))  # [P]
+        line = {"round": number, **with_interval("refined", refined)}
+        line |= {"gap": with_interval("points", refined - maj.mean(0)), "vote": mean(vote(votes))}
+        found.append({**line, "any_right": mean((votes == 0).any(2)), "tokens": mean(spent + tokens.mean(2))})
+        spent = spent + tokens.sum(2)
+    return found
+
+
+def to_first(read, outcomes):
+    """Paired differences of each row to the first, None where they are not about the same problems."""
+    first, keys, found = outcomes[0], [(i, problem["answer"]) for i, problem in read[0][0].items()], [None]
+    for x, (problems, *_) in zip(outcomes[1:], read[1:]):
+        place = {(i, problem["answer"]): at for at, (i, problem) in enumerate(problems.items())}
+        if place.keys() != set(keys):
+            found.append(None)
+            continue
+        names, order = ("pass@1", "maj@N", "refined"), [place[key] for key in keys]
+        known = names if x.refined.size and first.refined.size else names[:2]
+        credits = {m.name: (m.credit(x).mean(0)[order], m.credit(first).mean(0)) for m in METHODS if m.name in known}
+        found.append({name: with_interval("points", after - before) for name, (after, before) in credits.items()})
+    return found
 
 
 def report_row(name, x, metas):
@@ -488,10 +599,12 @@ def report_row(name, x, metas):
     methods = methods_of(x)
     credits = {method.name: method.credit(x) for method in methods}  # [S, P] each
     maj, refined = credits["maj@N"], credits.get("refined", np.full((S, P), np.nan))
-    right = (x.votes == 0).sum(2)  # [S, P]
-    pass_at = pass_at_k(N, right.ravel())  # [S * P, N]
-    maj_at = majority_at_k(x.votes.reshape(S * P, N))  # [S * P, N]
-    pool = x.votes.swapaxes(0, 1).reshape(P, S * N)  # [S, P, N] -> [P, S * N], the candidates of all seeds
+    there, right = sampled(x), (x.votes == 0).sum(2)  # [S, P, N], [S, P]
+    least = int(there.sum(2).min())  # as many candidates have all problems; only with --adaptive less than N
+    votes = x.votes[..., :least]
+    pass_at = pass_at_k(least, (votes == 0).sum(2).ravel())  # [S * P, least]
+    maj_at = majority_at_k(votes.reshape(S * P, least))  # [S * P, least]
+    pool = votes.swapaxes(0, 1).reshape(P, S * least)  # [S, P, N] -> [P, S * N], the candidates of all seeds
     costs = equal_cost(x, maj_at if S == 1 else majority_at_k(pool)) if K else {}
     columns = {method: credit.mean(0) for method, credit in credits.items()}  # [P] each, over seeds
     columns |= {kind: cost["credit"] for kind, cost in costs.items() if "credit" in cost}
@@ -499,6 +612,7 @@ def report_row(name, x, metas):
     unknown = dict.fromkeys(("refined", "gap", "equal_cost", "rescued", "flips", "order"))
     spent = {"candidates": x.tokens, "refinement": x.refined_tokens}
     spent |= {"prompt": x.prompt_tokens, "refinement_prompt": x.refined_prompt_tokens}
+    spent |= {"rounds": x.rounds_tokens.reshape(S, P, -1)}
 
     def both(of_candidates, of_refinements):
         return {"candidates": mean(of_candidates), "refinements": mean(of_refinements)}
@@ -511,7 +625,7 @@ def report_row(name, x, metas):
         "name": name,
         "model": metas[0]["model"],
         "parameters": metas[0]["parameters"],
-        **{"problems": P, "n": N, "k": K, "seeds": S},
+        **{"problems": P, "n": N, "k": K, "seeds": S, "sampled": mean(there.sum(2))},
         **{f"pass@{k}": float(value) for k, value in enumerate(pass_at.mean(0), 1)},
         **{f"maj@{k}": float(value) for k, value in enumerate(maj_at.mean(0), 1)},
         **(about_refinement(x, credits, columns, draws, costs) if K else unknown),
@@ -523,48 +637,22 @@ def report_row(name, x, metas):
             {"correct": c, "problems": int(at.sum()), "maj": mean(maj[at]), "refined": mean(refined[at])}
             for c, at in enumerate(right == np.arange(N + 1)[:, None, None])  # [N + 1, S, P]
         ],
+        "by_shown": by_shown(x, maj_at.reshape(S, P, N)) if K and least == N and not x.rounds.shape[2] else None,
+        "rounds": by_round(x, maj) if K else None,
         "unanimous": mean(agreement(x.votes)["unanimous"]),
         "copied": mean(x.copied),
-        "answered": both(x.votes >= 0, x.refined >= 0),
-        "cut_off": both(x.cut, x.refined_cut),
+        "left_out": mean(1 - (x.order >= 0).sum(3) / x.drawn),
+        "answered": both((x.votes >= 0)[there], x.refined >= 0),
+        "cut_off": both(x.cut[there], x.refined_cut),
         "unboxed": both((x.votes < 0)[x.cut == 0], (x.refined < 0)[x.refined_cut == 0]),  # of those that ended
-        "length": both(x.tokens, x.refined_tokens),
+        "length": both(x.tokens[there], x.refined_tokens),
         "tokens": {key: mean(tokens.sum(2)) if tokens.size else None for key, tokens in spent.items()},
         "seconds": {stage: seconds(stage) for stage in ("candidates", "refinement")},
     }
 
 
-def scaling(rows):
-    """Over the rows of several models: does the gap go with the model's size, and with what one sample is worth?"""
-    rows = [row for row in rows if row["parameters"] and row["gap"]]
-    if len({row["parameters"] for row in rows}) < 2:
-        return None
-    gap = [row["gap"]["points"] for row in rows]
-    return {f"gap_and_{key}": spearman([row[key] for row in rows], gap) for key in ("parameters", "pass@1")}
-
-
 # ------------------------------------------------------------------------------------------------
 # The report
-
-
-def notes(rows, found, grader):
-    """What the tables do not say, a sentence each."""
-    text = ["pass@k and maj@k are exact expectations over subsets; 95% intervals: 10,000 bootstrap draws, seed 0."]
-    text += correlations(found)
-    if bare := [row["name"] for row in rows if not row["k"]]:
-        text.append(f"No Refinement Gap for {', '.join(bare)}: there are no refinements; refine.py makes them.")
-    makers = {"candidates": "sample.py", "refinements": "refine.py"}
-    for row, (kind, script) in itertools.product(rows, makers.items()):
-        cut, unboxed = row["cut_off"][kind] or 0, row["unboxed"][kind] or 0
-        if cut >= 0.1:
-            what = f"{row['name']}: {cut:.0%} of the {kind} were cut off by the length limit"
-            text.append(f"{what}, and a cut-off one seldom has an answer; give {script} a larger --max-new-tokens.")
-        if unboxed >= 0.1:
-            what = f"{row['name']}: {unboxed:.0%} of the {kind} that were not cut off have no answer"
-            text.append(rf"{what}: the model does not put it in a box, \boxed{{...}}, so that grading sees none.")
-    if n := len(grader.stuck):
-        text.append(f"{n} comparisons took longer than {grader.limit:g} s or crashed, and count as unequal.")
-    return text
 
 
 def say(*parts, sep="\n"):
@@ -579,23 +667,20 @@ def show(identity, path, limit):
     if (row := next((row for row in rows if str(row["id"]) == identity), None)) is None:
         raise InputError(f"{path}: no problem with id {identity!r} in it")
     problem, grader = read_problem(row, where := f"{path}, id {identity!r}"), Grader(limit)
-    gold, N = problem["answer"], len(problem["answers"])
-    number = classes(gold, problem["answers"], grader, problem["refinements"])
+    gold, refined = problem["answer"], problem["rounds"] + problem["refinements"]
+    number = classes(gold, problem["answers"], grader, refined)
     grader.close()
-    items, answers = row["candidates"] + row.get("refinements", []), problem["answers"] + problem["refinements"]
+    kinds = [f"candidate {i}" for i in range(len(row["candidates"]))]
+    items = list(row["candidates"])
+    for r, some in enumerate([*row.get("rounds", []), row.get("refinements", [])], 1):
+        kinds += [f"round {r}, {i}" if row.get("rounds") else f"refinement {i}" for i in range(len(some))]
+        items += some
     lines = [["", "", "answer", "votes", "tokens", "logprob", "certainty", "ended", "order"]]
-    for i, (item, answer, own) in enumerate(zip(items, answers, number)):
-        kind = f"candidate {i}" if i < N else f"refinement {i - N}"
+    for kind, item, answer, own in zip(kinds, items, problem["answers"] + refined, number):
         mark = "no answer" if own < 0 else "-" if gold is None else "right" if own == 0 else "wrong"
-        shown = "-" if answer is None else answer if len(answer) <= 30 else answer[:29] + "…"
-        votes = "-" if own < 0 else str(number[:N].count(own))
-        tokens, total, certainty = (
-            mean(numbers([item], key, where)) for key in ("n_tokens", "logprob", "self_certainty")
-        )
-        logprob = None if None in (tokens, total) else total / max(tokens, 1)
-        details = [cell("{:.0f}", tokens), cell("{:.2f}", logprob), cell("{:.2f}", certainty)]
-        ended, order = str(item.get("finish_reason") or "-")[:12], " ".join(map(str, item.get("order") or []))
-        lines.append([kind, mark, shown, votes, *details, ended, order])
+        votes = "-" if own < 0 else str(number[: len(row["candidates"])].count(own))
+        about = (mean(numbers([item], key, where)) for key in ("n_tokens", "logprob", "self_certainty"))
+        lines.append([kind, mark, shorten(answer or "-", 30), votes, *details(item, *about)])
     parts = [textwrap.fill(row["problem"], 100, replace_whitespace=False), f"\nright answer: {gold}"]
     parts.append(as_text("", lines, "votes: candidates with the same answer; logprob: mean a token"))
     for (kind, mark, *_), item in zip(lines[1:], items):
@@ -622,19 +707,22 @@ def report(words, out, limit):
     read = {name: [read_file(path) for path in paths] for name, paths in files.items()}
     for name, paths in files.items():
         check_same_problems(paths, read[name])
-    grader, rows = Grader(limit, out / "grades.jsonl"), []
+    grader, rows, outcomes = Grader(limit, out / "grades.jsonl"), [], []
     for name, paths in files.items():
-        outcomes = grade_files(read[name], grader, name)
-        rows.append(report_row(name, outcomes, [read_meta(path, outcomes.refined.size) for path in paths]))
+        outcomes.append(x := grade_files(read[name], grader, name))
+        rows.append(report_row(name, x, [read_meta(path, x.refined.size) for path in paths]))
     grader.close()
+    for row, differences in zip(rows, to_first(list(read.values()), outcomes)):
+        row["to_first"] = differences
     found = scaling(rows)
     grading = {"asked": len(grader.known), "stuck": len(grader.stuck), "limit": limit}
     write_json(out / "report.json", {"rows": rows, "scaling": found, "grading": grading})
-    tables, sentences = tables_of(rows, METHODS), notes(rows, found, grader)
+    tables, sentences = tables_of(rows, METHODS), notes(rows, found, len(grader.stuck), limit)
     with disk_errors(out):
         figures = draw(rows, METHODS, found, out)
     parts = ["# Report", *(as_markdown(*table) for table in tables), *(f"- {sentence}" for sentence in sentences)]
-    write_text(out / "report.md", "\n\n".join([*parts, *(f"![{name}]({name})" for name in figures)]) + "\n")
+    parts += [f"![{name}]({name})" for name in figures]
+    write_text(out / "report.md", "\n\n".join([*parts, as_markdown(*checklist(rows))]) + "\n")
     say("", *(as_text(*table) for table in tables), sep="\n\n")
     say("", *itertools.chain(*(textwrap.wrap(sentence, 100) for sentence in sentences)))
     print(f"{out}: report.json, report.md, {', '.join(figures)} written ({time.time() - started:.0f} s)")

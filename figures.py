@@ -3,6 +3,7 @@
 `rows` are those of report.json, and `methods` are METHODS of evaluate.py, with their names and how they are drawn.
 """
 
+import math
 import textwrap
 from dataclasses import dataclass
 
@@ -22,6 +23,13 @@ class Table:
     needs: str = "name"  # what of a row must be known, or it is left out
 
 
+def details(item, tokens, logprob, certainty):
+    """The last cells of a candidate or refinement in `evaluate.py --show`."""
+    mean_logprob = None if None in (tokens, logprob) else logprob / max(tokens, 1)
+    known = [cell("{:.0f}", tokens), cell("{:.2f}", mean_logprob), cell("{:.2f}", certainty)]
+    return [*known, str(item.get("finish_reason") or "-")[:12], " ".join(map(str, item.get("order") or []))]
+
+
 def cell(layout, *values):
     """Numbers as a text, with a dash for what is not known."""
     texts = ["-" if value is None else layout.format(value) for value in values]
@@ -37,6 +45,10 @@ def gap_of(found):
 def shorten(name, width):
     """A name without its middle where it is too long: names of one family differ at their ends."""
     return name if len(name) <= width else f"{name[: width // 2 - 1]}…{name[len(name) - (width - width // 2) :]}"
+
+
+def of_how_many(found, way):
+    return "{:.4g} / {:.4g}".format(*(round(x, 1) for x in found[way])) if found else "-"
 
 
 def at_equal_cost(kind, mark=""):
@@ -99,14 +111,38 @@ TABLES = [
     Table(
         "What becomes of the vote",
         "wrong → right: problems that the refinement gets right, of those that the vote gets wrong; right → wrong: "
-        "problems that it gets wrong, of those that the vote solves; a tied vote is neither; copied: refinements whose "
+        "problems that it gets wrong, of those that the vote solves; a tied vote is neither; one more: what the last "
+        "candidate does to the vote of those before it, on average over which is the last; copied: refinements whose "
         "text, without thoughts, is that of one of the candidates",
         {
-            "wrong → right": lambda row: "{:.4g} / {}".format(*row["flips"]["wrong_to_right"]),
-            "right → wrong": lambda row: "{:.4g} / {}".format(*row["flips"]["right_to_wrong"]),
+            "wrong → right": lambda row: of_how_many(row["flips"], "wrong_to_right"),
+            "right → wrong": lambda row: of_how_many(row["flips"], "right_to_wrong"),
             "copied": lambda row: cell("{:.1%}", row["copied"]),
+            "one more: w → r": lambda row: of_how_many(row["flips"]["one_more"], "wrong_to_right"),
+            "r → w": lambda row: of_how_many(row["flips"]["one_more"], "right_to_wrong"),
         },
         "flips",
+    ),
+    Table(
+        "The same by how far the candidates agree: wrong → right, right → wrong",
+        "unanimous: all give the same answer; majority: more than half; split: some votes; none: no answer",
+        {
+            name: lambda row, name=name: ", ".join(
+                of_how_many(row["flips"]["by_agreement"][name], way).replace(" ", "")
+                for way in ("wrong_to_right", "right_to_wrong")
+            )
+            for name in ("unanimous", "majority", "split", "none")
+        },
+        "flips",
+    ),
+    Table(
+        "Less the first row: paired differences in points [95%]",
+        "over the same problems; - where they are other ones",
+        {
+            name: lambda row, name=name: gap_of(row["to_first"].get(name, {}))
+            for name in ("pass@1", "maj@N", "refined")
+        },
+        "to_first",
     ),
     Table(
         "Answers and cost of a problem: candidates / refinements",
@@ -140,7 +176,61 @@ def tables_of(rows, methods):
     for table in first + TABLES:
         lines = [[row["name"], *(text(row) for text in table.columns.values())] for row in rows if row[table.needs]]
         tables += [(table.title, [["", *table.columns], *lines], table.note)] if lines else []
-    return tables
+    return tables + lists_of(rows)
+
+
+def lists_of(rows):
+    """The tables with several lines for a row, where it has them: by the number of candidates shown, and rounds."""
+    tables = []
+    gap, percent = (lambda line: gap_of(line["gap"])), "{:.1%}".format
+    accuracy = {"refined [95%]": lambda line: "{:.1%} [{:.1%}, {:.1%}]".format(line["refined"], *line["ci95"])}
+    tokens = {"tokens": lambda line: cell("{:,.0f}", line["tokens"])}
+    if any(line["shown"] != row["n"] for row in rows for line in row["by_shown"] or ()):
+        title = "By the number of candidates shown: k of N"
+        note = "gap: refined - maj@k, paired, in points; tokens: generated a problem, for these k and the refinement"
+        columns = {"k": lambda line: str(line["shown"]), **accuracy, "maj@k": lambda line: percent(line["maj"])}
+        tables.append(("by_shown", title, note, {**columns, "gap [95%]": gap, **tokens}))
+    if any(len(row["rounds"] or ()) > 1 for row in rows):
+        note = "the refinements of a round are the candidates of the next; tokens: generated for one, a problem"
+        columns = {"round": lambda line: str(line["round"]), **accuracy, "gap to maj@N [95%]": gap}
+        columns |= {"their vote": lambda line: percent(line["vote"])}
+        columns |= {"any right": lambda line: percent(line["any_right"])}
+        tables.append(("rounds", "Rounds", note, {**columns, **tokens}))
+    return [
+        (title, [["", *columns], *([row["name"], *(text(line) for text in columns.values())]
+                                   for row in rows for line in row[key] or ())], note)
+        for key, title, note, columns in tables
+    ]  # fmt: skip
+
+
+# What reviewers of refinement ask, what of report.json answers it, and the command that makes what that rests on.
+SAMPLE = "sample.py --data gsm8k -n 8 --model"
+REFINE = "refine.py --model qwen-1.5b --candidates runs/g.candidates.jsonl"
+CHECKLIST = [
+    ("Is it better than a vote that costs as much?", "equal_cost", "route.py runs/g.refined.jsonl --out runs/route"),
+    ("What does it break?", "flips", f"{REFINE}"),
+    ("And where the candidates hardly differ?", "flips", f"{SAMPLE} qwen-1.5b --temperature 0.3 --out runs/cold.jsonl"),
+    ("How many candidates should it see?", "by_shown", f"{REFINE} --shown 4 --out runs/four.jsonl"),
+    ("Do more rounds help?", "rounds", f"{REFINE} -k 4 --rounds 3 --out runs/again.jsonl"),
+    ("Does the order of the candidates matter?", "order", f"{REFINE} -k 4 --out runs/orders.jsonl"),
+    ("And the temperature?", "to_first", f"{REFINE} --temperature 0 --out runs/greedy.jsonl"),
+    ("And candidates that were cut off?", "to_first", f"{REFINE} --skip-cut-off --out runs/whole.jsonl"),
+    ("What does the teacher itself score?", "methods", f"{SAMPLE} qwen-7b --out runs/teacher.jsonl"),
+    (
+        "Is it the training to refine, or just the training?",
+        "to_first",
+        "train.py --model qwen-1.5b --solve s.candidates.jsonl --steps 100 --out runs/solving",
+    ),
+]
+
+
+def checklist(rows):
+    """A table of CHECKLIST, for report.md."""
+    lines = [["question", "in `report.json`", "here", "command"]]
+    for question, key, command in CHECKLIST:
+        here = sum(bool(row[key]) for row in rows)
+        lines.append([question, f"`{key}`", f"{here} of {len(rows)} rows" if here else "-", f"`python {command}`"])
+    return "Questions of a reviewer", lines, "give the file that a command makes beside the others"
 
 
 def as_text(title, lines, note, width=100):
@@ -160,6 +250,33 @@ def as_markdown(title, lines, note):
     return "\n".join([f"## {title}", "", head, "| --- |" + " ---: |" * (len(lines[0]) - 1), *rest, "", f"{note}."])
 
 
+def spearman(x, y):
+    """Rank correlation of x and y [n] and its 95% interval (Bonett and Wright 2000), over models as a sample.
+
+    None for fewer than 3, or where one of them is constant; no interval for fewer than 4. A perfect order
+    counts as half a swap of neighbours less in the interval, which would have no width otherwise.
+    """
+    both, n, r, ends = np.array([x, y], dtype=float), len(x), None, None
+    above, equal = both[:, :, None] > both[:, None], both[:, :, None] == both[:, None]
+    ranks = above.sum(2) + (equal.sum(2) + 1) / 2  # equal values share the mean of their ranks
+    if n >= 3 and ranks.std(1).min() > 0:
+        r = float(np.clip(np.corrcoef(ranks)[0, 1], -1, 1))
+    if r is not None and n >= 4:
+        bound = 1 - 6 / (n**3 - n)
+        z, half = math.atanh(min(max(r, -bound), bound)), 1.96 * math.sqrt((1 + r * r / 2) / (n - 3))
+        ends = [min(r, math.tanh(z - half)), max(r, math.tanh(z + half))]
+    return {"models": n, "spearman": r, "ci95": ends}
+
+
+def scaling(rows):
+    """Over the rows of several models: does the gap go with the model's size, and with what one sample is worth?"""
+    rows = [row for row in rows if row["parameters"] and row["gap"]]
+    if len({row["parameters"] for row in rows}) < 2:
+        return None
+    gap = [row["gap"]["points"] for row in rows]
+    return {f"gap_and_{key}": spearman([row[key] for row in rows], gap) for key in ("parameters", "pass@1")}
+
+
 def correlations(scaling):
     """What report.json says under `scaling`, a sentence each."""
     text = []
@@ -171,13 +288,42 @@ def correlations(scaling):
     return text
 
 
+def notes(rows, scaling, stuck, limit):
+    """What the tables do not say, a sentence each; `stuck` comparisons took longer than `limit` seconds."""
+    text = ["pass@k and maj@k are exact expectations over subsets; 95% intervals: 10,000 bootstrap draws, seed 0."]
+    text += correlations(scaling)
+    if bare := [row["name"] for row in rows if not row["k"]]:
+        text.append(f"No Refinement Gap for {', '.join(bare)}: there are no refinements; refine.py makes them.")
+    makers = {"candidates": "sample.py", "refinements": "refine.py"}
+    for row in rows:
+        name = row["name"]
+        for kind, script in makers.items():
+            cut, unboxed = row["cut_off"][kind] or 0, row["unboxed"][kind] or 0
+            if cut >= 0.1:
+                what = f"{name}: {cut:.0%} of the {kind} were cut off by the length limit"
+                text.append(f"{what}, and a cut-off one seldom has an answer; give {script} a larger --max-new-tokens.")
+            if unboxed >= 0.1:
+                what = f"{name}: {unboxed:.0%} of the {kind} that were not cut off have no answer"
+                text.append(rf"{what}: the model does not put it in a box, \boxed{{...}}, so that grading sees none.")
+        if row["sampled"] < row["n"]:
+            what = f"{name}: until the vote was decided, {row['sampled']:.1f} candidates a problem were sampled"
+            text.append(f"{what} of {row['n']} at most; pass@k and maj@k are of the first wave, which all have.")
+        if row["left_out"]:
+            what = f"{name}: {row['left_out']:.1%} of the candidates that were drawn are not in the refinement prompts"
+            text.append(f"{what}: empty, or (--skip-cut-off) cut off or without an answer.")
+    if stuck:
+        text.append(f"{stuck} comparisons took longer than {limit:g} s or crashed, and count as unequal.")
+    return text
+
+
 # ------------------------------------------------------------------------------------------------
 # Figures: the refinement in blue, the vote in black, the rest in grey; names stand beside their points
 
 
 def look(method, row, **more):
     """How the points of a method are drawn: arguments of plot."""
-    style = {"label": method.label.format(n=row["n"], k=row["k"]), "color": method.colour, "marker": method.marker}
+    n = row["n"] if row["sampled"] == row["n"] else f"up to {row['n']}"
+    style = {"label": method.label.format(n=n, k=row["k"]), "color": method.colour, "marker": method.marker}
     return {**style, "markersize": 5 if method.colour == GREY else 7, "linestyle": "none", **more}
 
 
@@ -268,9 +414,11 @@ def draw_frontier(rows, methods, fig):
                 at = {"xytext": (4, -6), "textcoords": "offset points", "va": "top", "fontsize": 9}
                 axis.annotate(style.pop("label"), (tokens, accuracy), color=method.colour, **at)
             elif method.name in ("maj@N", "pass@N"):
-                k = np.arange(1, row["n"] + 1)
-                tokens, accuracy = tokens * k / row["n"], [100 * row[method.name.replace("N", str(i))] for i in k]
-                style |= {"linestyle": "-" if method.name == "maj@N" else ":", "markersize": 4 if len(k) <= 16 else 0}
+                curve = method.name.replace("N", "{}").format
+                k = [i for i in range(1, row["n"]) if curve(i) in row]  # its last point is that of all
+                accuracy = [*(100 * row[curve(i)] for i in k), accuracy]
+                tokens = [*(tokens * i / row["sampled"] for i in k), tokens]
+                style |= {"linestyle": "-" if method.name == "maj@N" else ":", "markersize": 4 if len(k) < 16 else 0}
             elif method.name == "refined":
                 axis.vlines(tokens, *ends, color=method.colour, linewidth=1.2)
             axis.plot(tokens, accuracy, **style)
@@ -292,6 +440,28 @@ def draw_outcomes(rows, methods, fig):
                 axis.plot(right, [100 * line[key] for line in lines], **look(method, row, linestyle="-"))
         axis.set(title=shorten(row["name"], 28), xlabel=f"right candidates of {row['n']}")
         axis.set(xlim=(-0.7, row["n"] + 0.7), ylim=(-5, 105))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def draw_shown(rows, methods, fig):
+    """Refined accuracy against the number of candidates shown, beside vote and perfect judge of as many.
+
+    Rows of the same candidates are one panel.
+    """
+    same = {}
+    for row in rows:
+        curves = {key: value for key, value in row.items() if key.startswith(("maj@", "pass@"))}
+        same.setdefault(str(curves), []).append(row)
+    for axis, some in panels(fig, list(same.values()), "problems solved (%)"):
+        first, k = some[0], range(1, some[0]["n"] + 1)
+        for curve, style in (("maj@{}", {"label": "majority vote of k", "color": "black", "linestyle": "-"}),
+                             ("pass@{}", {"label": "any right of k", "color": GREY, "linestyle": ":"})):  # fmt: skip
+            axis.plot(k, [100 * first[curve.format(i)] for i in k], marker=".", **style)
+        points = sorted((line["shown"], in_percent(line, "refined")) for row in some for line in row["by_shown"])
+        for shown, (_, ends) in points:
+            axis.vlines(shown, *ends, color=BLUE, linewidth=1.2)
+        axis.plot([x for x, _ in points], [y for _, (y, _) in points], "D-", color=BLUE, label="refined")
+        axis.set(title=shorten(", ".join(row["name"] for row in some), 40), xlabel="candidates, or shown of them: k")
         axis.xaxis.get_major_locator().set_params(integer=True)
 
 
@@ -319,6 +489,9 @@ def draw(rows, methods, scaling, out):
     drawn = []
     with_tokens = [row for row in rows if None not in [found["tokens"] for found in row["methods"].values()]]
     with_sizes = [row for row in rows if scaling and row["parameters"] and row["gap"]]
+    with_shown = [row for row in rows if row["by_shown"]]
+    if len({line["shown"] for row in with_shown for line in row["by_shown"]}) < 2:
+        with_shown = []
     with matplotlib.rc_context():
         matplotlib.rc("figure.constrained_layout", use=True)
         matplotlib.rc("axes", grid=True, axisbelow=True, titlesize=10)
@@ -328,6 +501,7 @@ def draw(rows, methods, scaling, out):
             ("figure.png", draw_methods, rows),
             ("frontier.png", draw_frontier, with_tokens),
             ("outcomes.png", draw_outcomes, rows),
+            ("shown.png", draw_shown, with_shown),
             ("scaling.png", draw_scaling, with_sizes),
         ):
             if some:

@@ -41,7 +41,8 @@ SOLVE_PROMPT = "{problem}\n\nPlease reason step by step, and put your final answ
 # ------------------------------------------------------------------------------------------------
 # Problems
 
-OURS = ("prompt", "n_prompt_tokens", "candidates", "refinements")  # what the stages add to a problem's line
+# What the stages add to a problem's line.
+OURS = ("prompt", "n_prompt_tokens", "adaptive", "candidates", "rounds", "refinements")
 
 
 def read_table(data):
@@ -129,6 +130,20 @@ def load_sampler(args):
     return Sampler(model, tokenizer, params)
 
 
+def size(requests):
+    """{row's number: [(prompt token ids, a key for each sample), ...]} -> (tokens to read, samples to draw)."""
+    asked = [request for some in requests.values() for request in some]
+    return sum(len(ids) for ids, _ in asked), sum(len(keys) for _, keys in asked)
+
+
+def announce(out, rows, there, todo, where):
+    """Print how many of the rows are there, and what of requests is to do, and on which device."""
+    done = f"{len(rows) - len(todo)} of {len(rows)} problems are there" if todo else "complete"
+    print(f"{out}: {done} already" if there else f"{out}: {len(rows)} problems", end="")
+    read, draw = size(todo)
+    print(f"; {draw:,} samples, {read:,} prompt tokens, {where}" if todo else "")
+
+
 class Progress:
     """A bar over the tokens of all processes: of prompts, and of samples, expected as long as those that have ended.
 
@@ -140,9 +155,9 @@ class Progress:
         self.bar = tqdm(desc=name, total=0, unit=" tokens", unit_scale=True, disable=disable)
 
     def expect(self, requests):
-        """Some of [(prompt token ids, keys)] are going to be sampled."""
-        self.add("to read", sum(len(ids) for ids, _ in requests))
-        self.add("to sample", sum(len(keys) for _, keys in requests))
+        """These requests of rows are going to be sampled."""
+        for key, n in zip(("to read", "to sample"), size(requests)):
+            self.add(key, n)
         self.add("going", -self.told.running)
         self.told = Stats()  # the next stream counts from 0
 
@@ -191,6 +206,13 @@ def sample_rows(args, sampler, requests, finish, step):
         step(stats, finished, done, not answers)
 
 
+def drawn_by(args, sampler):
+    """What samples depend on besides their prompts."""
+    dtype = sampler.model.model.embed_tokens.weight.dtype
+    weights, params = fingerprint(sampler.tokenizer.folder, dtype), dataclasses.asdict(sampler.params)
+    return {"weights": weights, "dtype": str(dtype).removeprefix("torch."), "seed": args.seed, "sampling": params}
+
+
 def write_rows(args, out, rows, requests, finish, sampler, made_by, record, left=None):
     """Sample what each row asks for and write the finished rows to `out`; what is there already is kept.
 
@@ -200,11 +222,8 @@ def write_rows(args, out, rows, requests, finish, sampler, made_by, record, left
     What is sampled in waves: `left(i, row)` are the requests of the next one, where `row` (None: nothing) is there.
     """
     model, meta, started = sampler.model, meta_path(out), time.time()
-    left = left or (lambda i, row: [] if row else requests[i])
-    device, dtype = model.rope_freq.device, model.model.embed_tokens.weight.dtype
-    made_by = {**made_by, "weights": fingerprint(sampler.tokenizer.folder, dtype)}
-    made_by |= {"dtype": str(dtype).removeprefix("torch."), "seed": args.seed}
-    made_by |= {"sampling": dataclasses.asdict(sampler.params)}
+    left, device = left or (lambda i, row: [] if row else requests[i]), model.rope_freq.device
+    made_by = {**made_by, **drawn_by(args, sampler)}
     record |= {"model": args.model, "flags": vars(args), "versions": versions()}
     (rank, world, add, wait), share = processes(device, str(out)), args.tensor_parallel
     if share > 1:  # so many processes draw the same samples, and one of them writes
@@ -217,11 +236,7 @@ def write_rows(args, out, rows, requests, finish, sampler, made_by, record, left
     todo = {i: some for i, row in enumerate(rows) if (some := left(i, there.get(row["id"])))}
     mine = dict(list(todo.items())[rank::world])
     if lead:
-        asked = [request for some in todo.values() for request in some]
-        to_sample, to_read = sum(len(keys) for _, keys in asked), sum(len(ids) for ids, _ in asked)
-        done = f"{len(rows) - len(todo)} of {len(rows)} problems are there" if todo else "complete"
-        print(f"{out}: {done} already" if there else f"{out}: {len(rows)} problems", end="")
-        print(f"; {to_sample:,} samples, {to_read:,} prompt tokens, {device}, {made_by['dtype']}" if todo else "")
+        announce(out, rows, there, todo, f"{device}, {made_by['dtype']}")
 
     def write_meta(complete, **tokens):
         if lead:
@@ -243,8 +258,7 @@ def write_rows(args, out, rows, requests, finish, sampler, made_by, record, left
             write_meta(complete=False)
         try:
             while mine:
-                if writes:
-                    progress.expect([request for some in mine.values() for request in some])
+                progress.expect(mine if writes else {})
                 sample_rows(args, sampler, mine, lambda i, answers: finish(i, answers, there.get(rows[i]["id"])), step)
                 mine = {i: some for i in mine if (some := left(i, there[rows[i]["id"]]))}
         except torch.OutOfMemoryError:
@@ -346,7 +360,7 @@ def main(argv=None):
         if len(ids) >= context:
             what = f"a prompt of {len(ids)} tokens, and the context of {args.model} is {context}"
             raise InputError(f"--data {args.data}, id {problem['id']!r}: {what}; leave the problem out")
-        prompts.append({"prompt": text, "n_prompt_tokens": len(ids)})
+        prompts.append({"prompt": text, "n_prompt_tokens": len(ids), **({"adaptive": args.n} if args.adaptive else {})})
         requests.append([(ids, [(args.seed, str(problem["id"]), j) for j in range(args.n)])])  # N random keys
 
     def finish(i, answers, row):

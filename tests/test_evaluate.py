@@ -35,7 +35,8 @@ def test_twenty_thousand_answers_take_less_than_a_minute(tmp_path):
         wrong = [rf"\frac{{{a + j}\sqrt{{{b}}}}}{{{c}}}" for j in range(1, 5)] + [str(a), f"{a}x+{b}", rf"\sqrt{{{b}}}"]
         answers = [str(rng.choice(right if rng.random() < 0.5 else wrong)) for _ in range(40)]
         problem = outcome_arrays(39, 1)
-        problems[str(i)] = {"answer": right[0], "answers": answers[:39], "refinements": answers[39:], **problem}
+        texts = {"answers": answers[:39], "rounds": [], "refinements": answers[39:], "sizes": (39, 0, 1)}
+        problems[str(i)] = {"answer": right[0], **texts, **problem}
     grader = e.Grader(cache=tmp_path / "grades.jsonl")
     # Seconds of two processors, so that other work on the machine does not count.
     started = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -110,7 +111,8 @@ def test_weights_do_not_vanish_beside_a_candidate_without_an_answer():
     """Guards against: e^-1000 relative to a short candidate without an answer, which is 0, and so no vote at all."""
     arrays = {key: value[None, None] for key, value in outcome_arrays(3, 1).items()}
     arrays["logprob"], arrays["tokens"] = np.array([[[-2.0, -1000.0, -1001.0]]]), np.zeros((1, 1, 3))
-    x = e.Outcomes(votes=np.array([[[-1, 0, 1]]]), refined=np.zeros((1, 1, 1), int), **arrays)
+    none = np.zeros((1, 1, 0, 0), int)
+    x = e.Outcomes(votes=np.array([[[-1, 0, 1]]]), refined=np.zeros((1, 1, 1), int), rounds=none, **arrays)
     found = {method.name: method.credit(x).tolist() for method in e.methods_of(x)}
     assert found["weighted"] == found["logprob"] == [[1.0]]  # nor does a candidate of no tokens lose to nan
 
@@ -215,13 +217,13 @@ def test_rank_correlation_equals_scipy():
             x, y = rng.integers(0, 6, n).astype(float), rng.random(n)
             if len(set(x)) == 1:
                 continue
-            found, expected = e.spearman(x, y), stats.spearmanr(x, y).statistic
+            found, expected = figures.spearman(x, y), stats.spearmanr(x, y).statistic
             assert found["spearman"] == pytest.approx(expected)
             assert (found["ci95"] is None) == (n < 4)
             if n >= 4:
                 assert found["ci95"][0] <= found["spearman"] <= found["ci95"][1]
-    assert e.spearman([2.0, 2.0, 2.0], [1.0, 2.0, 3.0])["spearman"] is None
-    perfect = e.spearman(range(5), range(5))
+    assert figures.spearman([2.0, 2.0, 2.0], [1.0, 2.0, 3.0])["spearman"] is None
+    perfect = figures.spearman(range(5), range(5))
     assert perfect["spearman"] == pytest.approx(1) and perfect["ci95"][1] <= 1 and perfect["ci95"][0] < 0.5
     # Bonett and Wright: tanh(atanh(r) +- 1.96 sqrt((1 + r^2 / 2) / (n - 3)))
     x = list(range(28))
@@ -229,7 +231,8 @@ def test_rank_correlation_equals_scipy():
     y[3], y[20] = y[20], y[3]
     r = stats.spearmanr(x, y).statistic
     half = 1.96 * ((1 + r**2 / 2) / 25) ** 0.5
-    assert e.spearman(x, y)["ci95"] == pytest.approx([np.tanh(np.arctanh(r) - half), np.tanh(np.arctanh(r) + half)])
+    ends = [np.tanh(np.arctanh(r) - half), np.tanh(np.arctanh(r) + half)]
+    assert figures.spearman(x, y)["ci95"] == pytest.approx(ends)
 
 
 def outcome_arrays(N, K):
@@ -246,6 +249,9 @@ def outcome_arrays(N, K):
         "refined_cut": np.zeros(K),
         "refined_prompt_tokens": np.full(K, 30.0),
         "copied": np.zeros(K),
+        "drawn": np.full(K, float(N)),
+        "rounds_tokens": np.zeros((0, 0)),
+        "rounds_prompt_tokens": np.zeros((0, 0)),
         "order": order.astype(np.int16),
     }
 
@@ -253,7 +259,8 @@ def outcome_arrays(N, K):
 def test_equal_cost():
     """4 candidates of 10 tokens and a refinement of 20: as many tokens as 6; with its prompt of 30, as 9."""
     arrays = {key: value[None, None] for key, value in outcome_arrays(4, 1).items()}
-    x = e.Outcomes(votes=np.zeros((1, 1, 4), int), refined=np.zeros((1, 1, 1), int), **arrays)
+    votes, none = np.zeros((1, 1, 4), int), np.zeros((1, 1, 0, 0), int)
+    x = e.Outcomes(votes=votes, refined=np.zeros((1, 1, 1), int), rounds=none, **arrays)
 
     def found(curve, kind="generated"):
         cost = e.equal_cost(x, np.array(curve))[kind]
@@ -326,7 +333,25 @@ def test_report_of_known_numbers(tmp_path, capsys):
                 "split": {"wrong_to_right": [1, 1], "right_to_wrong": [0, 0]},
                 "none": {"wrong_to_right": [0, 0], "right_to_wrong": [0, 0]},
             },
+            "by_correct": [
+                {"correct": 0, "wrong_to_right": [1, 2], "right_to_wrong": [0, 0]},
+                {"correct": 1, "wrong_to_right": [0, 0], "right_to_wrong": [0, 0]},
+                {"correct": 2, "wrong_to_right": [0, 0], "right_to_wrong": [1, 1]},
+            ],
+            "one_more": {
+                "wrong_to_right": [0.25, 2.5],
+                "right_to_wrong": [0.25, 1.5],
+                "by_agreement": {
+                    "unanimous": {"wrong_to_right": [0.25, 2.5], "right_to_wrong": [0.25, 1.5]},
+                    **dict.fromkeys(
+                        ("majority", "split", "none"), {"wrong_to_right": [0, 0], "right_to_wrong": [0, 0]}
+                    ),
+                },
+            },
         },
+        "sampled": 2.0,
+        "left_out": 0.0,
+        "to_first": None,
         "copied": 0.25,
         "by_correct": [
             {"correct": 0, "problems": 2, "maj": 0.0, "refined": 0.5},
@@ -337,9 +362,16 @@ def test_report_of_known_numbers(tmp_path, capsys):
         "answered": {"candidates": 1.0, "refinements": 1.0},
         "cut_off": {"candidates": 0.0, "refinements": None},
         "unboxed": {"candidates": 0.0, "refinements": None},
-        "tokens": {"candidates": 20.0, "refinement": 7.0, "prompt": None, "refinement_prompt": None},
-    }
+        "tokens": {
+            "candidates": 20.0, "refinement": 7.0, "prompt": None, "refinement_prompt": None, "rounds": None
+        },
+    }  # fmt: skip
     assert {key: row[key] for key in expected} == expected
+    gap = {"points": 0.125, "ci95": row["gap"]["ci95"]}
+    ends = row["methods"]["refined"]["ci95"]
+    shown = {"shown": 2, "problems": 4, "maj": 0.375, "refined": 0.5, "ci95": ends, "gap": gap, "tokens": 27.0}
+    once = {"round": 1, "vote": 0.5, "any_right": 0.5, "refined": 0.5, "ci95": ends, "gap": gap, "tokens": 27.0}
+    assert (row["by_shown"], row["rounds"]) == ([shown], [once])
     gap = row["gap"]
     assert gap["points"] == 0.125 and gap["relative"] == pytest.approx(1 / 3) and gap["seed_se"] is None
     assert gap["mcnemar"] == {"better": 2, "worse": 1, "p": 1.0} and gap["ci95"][0] < 0.125 < gap["ci95"][1]
@@ -349,7 +381,7 @@ def test_report_of_known_numbers(tmp_path, capsys):
     assert accuracy == {"pass@1": 0.375, "maj@N": 0.375, **weighted, "refined": 0.5, "union": union, "pass@N": 0.5}
     printed = capsys.readouterr().out
     assert "1 of 5 problems have no answer" in printed and "37.5%" in printed and "1 / 2" in printed
-    assert (tmp_path / "out" / "report.md").read_text().count("\n| x |") == 7
+    assert (tmp_path / "out" / "report.md").read_text().count("\n| x |") == 8
 
 
 def test_a_file_of_candidates(tmp_path, capsys):
@@ -506,8 +538,9 @@ def slow_flips(problems):
 
 def slow_agreement(answers):
     votes = [a for a in answers if a is not None]
-    most = max(map(votes.count, votes), default=0)
-    return "none" if not votes else next((k for k, n in (("unanimous", 4), ("majority", 3)) if most >= n), "split")
+    most, n = max(map(votes.count, votes), default=0), len(answers)
+    kinds = (("none", most == 0), ("unanimous", most == n), ("majority", most > n / 2), ("split", True))
+    return next(kind for kind, true in kinds if true)
 
 
 def test_votes_that_the_refinement_turns_around(tmp_path):
@@ -526,8 +559,22 @@ def test_votes_that_the_refinement_turns_around(tmp_path):
             every.setdefault(slow_agreement(votes), []).append((votes, refined))
         seeds.append(write_rows(tmp_path / f"s{seed}.jsonl", rows))
     [row] = report_of(tmp_path, ",".join(seeds))["rows"]
-    by = row["flips"].pop("by_agreement")
-    assert row["flips"] == slow_flips(itertools.chain(*every.values()))
+    by, by_correct, one_more = (row["flips"].pop(key) for key in ("by_agreement", "by_correct", "one_more"))
+    everything = list(itertools.chain(*every.values()))
+    assert row["flips"] == slow_flips(everything)
+    for c, line in enumerate(by_correct):
+        assert line == {"correct": c, **slow_flips([pair for pair in everything if pair[0].count("1") == c])}
+    fewer = [(answers[:i] + answers[i + 1 :], answers) for answers, _ in everything for i in range(4)]
+    parts = one_more.pop("by_agreement")
+    for found, some in ((one_more, fewer), *((parts[kind], [x for x in fewer if slow_agreement(x[0]) == kind])
+                                             for kind in parts)):  # fmt: skip
+        expected = {"wrong_to_right": np.zeros(2), "right_to_wrong": np.zeros(2)}
+        for before, after in some:
+            first, then = (slow_vote([-1 if a is None else int(a) - 1 for a in x]) for x in (before, after))
+            if first in (0, 1):
+                pair = expected["right_to_wrong" if first else "wrong_to_right"]
+                pair += np.array([abs(then - first), 1]) / 4
+        assert all(found[way] == pytest.approx(expected[way], abs=1e-5) for way in expected)
     assert by == {kind: slow_flips(every[kind]) for kind in ("unanimous", "majority", "split", "none")}
     assert by["none"]["right_to_wrong"] == [0, 0] and by["none"]["wrong_to_right"][1]
     ties = 2 * 4**4 - sum(of for _, of in row["flips"].values())
@@ -600,7 +647,8 @@ def test_tables_on_a_terminal_without_arrows(tmp_path):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "wrong ? right" in done.stdout, done.stderr
-    assert "| wrong → right | right → wrong | copied |" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    written = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| wrong → right | right → wrong | copied | one more: w → r | r → w |" in written
 
 
 def test_order_sensitivity(tmp_path):
@@ -666,6 +714,8 @@ def test_report_does_not_depend_on_what_must_not_matter(tmp_path):
     moved = [moved[i] for i in rng.permutation(40)]
     files = [write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in zip("abc", (base, renamed, moved))]
     first, *others = report_of(tmp_path, *files)["rows"]
+    nothing = {name: {"points": 0.0, "ci95": [0.0, 0.0]} for name in ("pass@1", "maj@N", "refined")}
+    assert first.pop("to_first") is None and [row.pop("to_first") for row in others] == [nothing, nothing]
 
     def without_draws(value):
         if isinstance(value, dict):
