@@ -205,7 +205,8 @@ def read_problem(row, where):
         raise InputError(f"{where}: its rounds have more and fewer refinements")
     if isinstance(row.get("answer"), (list, dict)):
         raise InputError(f"{where}: its answer is no text but {reprlib.repr(row['answer'])}")
-    N, R, sources = row.get("adaptive") or len(candidates), len(rounds), rounds[-1] if rounds else candidates
+    N, R, M = row.get("adaptive") or len(candidates), len(rounds), len(rounds[0]) if rounds else 0
+    sources = rounds[-1] if rounds else candidates
     if type(N) is not int or N < len(candidates):
         raise InputError(f"{where}: 'adaptive' is {N!r}, not the most candidates that it could have")
     order = np.full((len(refinements), max(N, len(sources))), -1, dtype=np.int16)
@@ -214,10 +215,10 @@ def read_problem(row, where):
         if not isinstance(shown, list) or not all(i in range(len(sources)) and shown.count(i) == 1 for i in shown):
             raise InputError(f"{where}: the order {reprlib.repr(shown)} is not one of its {len(sources)} candidates")
         places[: len(shown)] = shown
-    earlier, prompt = [item for some in rounds for item in some], str(row.get("prompt") or "")
-    texts, before, refined = (
-        [strip_thinking(item["text"], str(item.get("prompt") or prompt)) for item in some]
-        for some in (candidates, earlier, refinements)
+    earlier = [item for some in rounds for item in some]
+    texts = [strip_thinking(item["text"], str(row.get("prompt") or "")) for item in candidates]
+    before, refined = (
+        [strip_thinking(x["text"], str(x.get("prompt") or "")) for x in some] for some in (earlier, refinements)
     )
     originals = set(texts + before) - {""}  # nobody copies a candidate that is all thought: no prompt shows it
     drawn, padding = numbers(refinements, "drawn", where), (0, N - len(candidates))
@@ -232,12 +233,12 @@ def read_problem(row, where):
         "answers": [extract_answer(text) for text in texts],
         "rounds": [extract_answer(text) for text in before],
         "refinements": [extract_answer(text) for text in refined],
-        "sizes": (N, R, len(refinements)),
+        "sizes": (N, R, M, len(refinements)),
         "copied": np.array([text in originals for text in refined], dtype=float),
         "prompt_tokens": numbers([row], "n_prompt_tokens", where),
         **found,
         **{field: numbers(refinements, key, where) for field, key in REFINEMENT.items()},
-        **{field: numbers(earlier, key, where).reshape(R, len(earlier) // max(R, 1)) for field, key in ROUNDS.items()},
+        **{field: numbers(earlier, key, where).reshape(R, M) for field, key in ROUNDS.items()},
         "drawn": drawn,
         "order": order,
     }
@@ -252,8 +253,8 @@ def read_file(path):
     problems, skipped, first = {}, 0, None
     for row in each_row(path, keys=("id", "problem", "answer", "candidates")):
         problem = read_problem(row, where := f"{path}, id {row['id']!r}")
-        N, R, K = problem["sizes"]
-        size = f"{N} candidates and {K} refinements" + (f" after {R} rounds of {len(problem['rounds']) // R}" if R else "")
+        N, R, M, K = problem["sizes"]
+        size = f"{N} candidates and {K} refinements" + (f" after {R} rounds of {M}" if R else "")
         if (first := first or size) != size:
             raise InputError(f"{where}: {size}, but {first} in the first row; pass@k and maj@k need equal numbers")
         if problem["answer"] is not None:
@@ -282,7 +283,7 @@ def check_same_problems(paths, files):
 def grade_files(files, grader, what=None):
     """Several files about the same problems: a list of what read_file gave -> Outcomes."""
     S, first = len(files), files[0]
-    N, R, K = next(iter(first.values()))["sizes"]
+    N, R, M, K = next(iter(first.values()))["sizes"]
     golds = [problem["answer"] for problem in first.values()]
     answers = [[a for problems in files for a in problems[i]["answers"]] for i in first]  # [P][S * N]
     refined = [[a for problems in files for key in ("rounds", "refinements") for a in problems[i][key]] for i in first]
@@ -293,7 +294,7 @@ def grade_files(files, grader, what=None):
     wrong = [[a for a in some if not grader.equal(gold, a)] for gold, some in zip(golds, different)]
     grader.grade((pair for some in wrong for pair in itertools.permutations(some, 2)), what)
 
-    P, M = len(first), len(next(iter(first.values()))["rounds"]) // max(R, 1)
+    P = len(first)
     votes, later = np.full((S, P, N), -2, dtype=np.int16), np.empty((S, P, R * M + K), dtype=np.int16)
     for p, (identity, gold, some, more) in enumerate(zip(first, golds, answers, refined)):
         number = iter(classes(gold, some, grader, more))

@@ -25,9 +25,11 @@ number of the step fix its rows; each mean is over all of them, however many pac
     pack 1, process 1    [refine 870 | solve 180 | ...]        attention stays within each of them
 
 Without --solve and --refine the commands that are printed first make what is missing under runs/MODEL/: the
-student's candidates, the teacher's solutions and its refinements. Beside the result OUT are OUT.metrics.jsonl,
-OUT.loss.png, OUT.meta.json and OUT.checkpoints/step-N. Random numbers depend on seed, epoch and id alone: a
-run that was killed and started again goes on from its newest checkpoint, to the same weights.
+student's candidates, the teacher's solutions and its refinements. With --rounds R it trains R times, to OUT.round1,
+OUT.round2, ... and OUT: each round samples the candidates anew from the result of the one before, so that the student
+learns from the mistakes it makes now, and begins with a new optimizer, a warm-up and all of the steps. Beside a
+result are OUT.metrics.jsonl, OUT.loss.png, OUT.meta.json and OUT.checkpoints/step-N. Random numbers depend on seed,
+epoch and id alone: a run that was killed and started again goes on from its newest checkpoint, to the same weights.
 Weights are float32: one GPU computes with a bfloat16 copy, several keep a part of them each (see parallel.py).
 Left out: dropout, LoRA, packs that all have the same length, tensor and pipeline parallelism in training.
 """
@@ -36,6 +38,7 @@ import files  # isort: skip  first, so that Ctrl-C while torch is imported is on
 import argparse
 import contextlib
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -58,7 +61,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from torch.nn import LinearCrossEntropyOptions
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -104,41 +106,39 @@ def data_files(args):
     """(solve file, refine file), None for one that is not there. Both are made, but for a dry run, if none is given."""
     if args.solve or args.refine:
         return args.solve, args.refine
-    names = ("train.candidates.jsonl", "teacher.candidates.jsonl", "teacher.refined.jsonl")
+    later = f".round{args.round}" if args.round > 1 else ""
+    names = (f"train{later}.candidates.jsonl", "teacher.candidates.jsonl", f"teacher{later}.refined.jsonl")
     candidates, solutions, refinements = (str(Path(args.out).with_name(name)) for name in names)
-    common = ["--seed", str(args.seed), "--device", args.device]
-    common += ["--max-new-tokens", str(args.max_new_tokens)] if args.max_new_tokens else []
-    problems = ["--data", args.data] + (["--limit", str(args.limit)] if args.limit else [])
-    shared = ["--tensor-parallel", str(args.tensor_parallel)] if args.tensor_parallel > 1 else []
-    teacher = ["--model", args.teacher, *common, *shared]
-    stages = [(sample, ["--model", args.model, *common, *problems, "-n", str(args.n), "--out", candidates])]
+    common = {"seed": args.seed, "device": args.device, "max_new_tokens": args.max_new_tokens}
+    problems, share = {"data": args.data, "limit": args.limit}, args.tensor_parallel
+    teacher = {"model": args.teacher, **common, "tensor_parallel": share if share > 1 else None}
+    stages = [(sample, {"model": args.model, **common, **problems, "n": args.n, "out": candidates})]
     if args.teacher == args.model:
         solutions = candidates  # its own right ones
-    else:
-        stages.append((sample, [*teacher, *problems, "-n", "1", "--out", solutions]))
-    stages.append((refine, [*teacher, "--candidates", candidates, "-k", str(args.k), "--out", refinements]))
-    for stage, flags in stages:
+    elif args.round == 1:  # the teacher does not change, and so neither do its solutions
+        stages.append((sample, {**teacher, **problems, "n": 1, "out": solutions}))
+    stages.append((refine, {**teacher, "candidates": candidates, "k": args.k, "out": refinements}))
+    for stage, settings in stages:
+        given = {name.replace("_", "-"): str(value) for name, value in settings.items() if value is not None}
+        flags = [word for name, value in given.items() for word in ("-" * min(2, len(name)) + name, value)]
         if FIRST:
-            start = f"torchrun --nproc-per-node={shared[1]}" if shared and shared[0] in flags else "python"
+            start = f"torchrun --nproc-per-node={share}" if settings.get("tensor_parallel") else "python"
             print(f"{start} {Path(stage.__file__).name} {shlex.join(flags)}", flush=True)
         if not args.dry_run:
             stage.main(flags)
     if not args.dry_run:
         return solutions, refinements
-    there = all(Path(path).exists() for path in (candidates, solutions, refinements))
-    by = {"data": args.data, "limit": args.limit, "max_new_tokens": args.max_new_tokens}
-    made = [(candidates, {"model": args.model, "n": args.n, **by}), (refinements, {"model": args.teacher, "k": args.k})]
-    made += [(solutions, {"model": args.teacher, **by})] if args.teacher != args.model else []
+    made = [(x["out"], {name: x[name] for name in ("model", *DATA_SETTINGS) if name in x}) for _, x in stages]
     other = next(filter(None, (made_otherwise(path, now) for path, now in made)), None)
-    if other and FIRST:
+    if other:
         print(f"{other}: give another --out, or go on with more problems")
-    return (solutions, refinements) if there and not other else (None, None)
+    return (solutions, refinements) if not other and all(Path(path).exists() for path, _ in made) else (None, None)
 
 
 def made_otherwise(path, now):
     """Where the record beside a file names other flags than `now` {name: value}, which -> a text, or None."""
     old = read_json(meta_path(path)).get("flags") if meta_path(path).exists() else None
-    old = old if isinstance(old, dict) else {}  # an older version's lacks what that did not have
+    old = {"round": 1, **old} if isinstance(old, dict) else {}  # an older version's lacks what that did not have
     differ = [name for name, value in now.items() if name in old and old[name] != value]
     return f"{path} was made with {differ[0]} {old[differ[0]]!r}, not {now[differ[0]]!r}" if differ else None
 
@@ -240,8 +240,9 @@ def split(rows, validation, seed):
     return [r for r in rows if key[id(r)] not in held], [r for r in rows if key[id(r)] in held]
 
 
-def read_rows(paths, examples, tokenizer, overlaps, args):
-    """The lines of both tasks' files -> (rows to train on, rows to validate on, what was found in each file)."""
+def read_rows(paths, tokenizer, overlaps, args):
+    """The files of both tasks -> (rows to train on, rows to validate on, what was found in each file)."""
+    examples = [read_examples(path, task) if path else [] for task, path in enumerate(paths)]
     rows, counts = [], []
     for task, (path, lines) in enumerate(zip(paths, examples)):
         made, dropped = make_rows(lines, task, tokenizer, overlaps, args) if path else ([], {})
@@ -354,7 +355,7 @@ def task_losses(model, pack, scale):
     # All logits [M, V] would be larger than the model: a chunk of positions at a time, and again for the gradient.
     # Losses come in the number type of `hidden`: one of bfloat16 has 8 bits, the mean over many tokens more.
     weight = model.lm_head.weight
-    options = LinearCrossEntropyOptions(batch_chunk_size=max(1, CHUNK // len(weight)))
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=max(1, CHUNK // len(weight)))
     losses = F.linear_cross_entropy(hidden, weight, pack.labels, reduction="none", options=options).float()  # [M]
     sums = torch.zeros_like(scale).index_add(0, pack.tasks, losses.detach())
     return losses.dot(scale[pack.tasks]), sums
@@ -484,8 +485,7 @@ def steps_ahead(rows, first, n_steps, tokenizer, args, process):
 
     def packs_of_step(number):
         epoch, i = divmod(number, per_epoch)
-        step = epoch_of(rows, args.batch_size, args.seed, epoch)[i]
-        step = [shown_anew(row, epoch, tokenizer, args) for row in step]
+        step = [shown_anew(row, epoch, tokenizer, args) for row in epoch_of(rows, args.batch_size, args.seed, epoch)[i]]
         packs = packs_of(step, args.max_length, process.world)
         mine = [load_pack(pack, process.device) for pack in packs[process.rank :: process.world]]
         return step, padding([packs], process.world), mine
@@ -596,11 +596,26 @@ def train(tokenizer, rows, held, args, process, made_by):
     return model, {**spent, "peak_memory": torch.cuda.max_memory_allocated(), "last": line}
 
 
-# ----------------------------------------------------------------------------------------------------- Before and after
-def dry_run(config, rows, tokenizer, args, process):
-    """Print what the training would take: exact for rows and tokens of the first epoch, estimated for the rest."""
-    device, dtype, _, world = process
-    rows = [shown_anew(row, 0, tokenizer, args) for row in rows]
+# ---------------------------------------------------------------------------------------------------------- The command
+def dry_run(args, overlaps, device, dtype):
+    """Print what a round would take: exact for rows and tokens of the first epoch, estimated for the rest."""
+    source, paths, world = find_model(args.model), data_files(args), int(os.environ.get("WORLD_SIZE", 1))
+    config, process = read_config(source), Process(device, dtype, 0, world)
+    tokenizer = Tokenizer(source, config)
+    if args.rounds > 1:
+        print(f"what follows is the first of {args.rounds} rounds, which take about {args.rounds} times as long in all")
+    if not any(paths):  # nothing is known of the training but --max-length
+        n, longest = len(sample.load_problems(args.data, args.limit)), args.max_new_tokens
+        longest = longest or tokenizer.generation_config.get("max_new_tokens") or SamplingParams.max_new_tokens
+        of_teacher = n * args.k + (n if args.teacher != args.model else 0)
+        work = 2 * parallel.count(config) * n * args.n * longest
+        minutes = work / (0.5 * world * parallel.speed(config, 64, device, dtype)) / 60
+        samples = f"{n * args.n:,} samples of {args.model} (roughly {minutes:,.1f} minutes on {device})"
+        samples += f", {of_teacher:,} of {args.teacher}"
+        print(f"{args.data}: {n:,} problems; {samples}, each of at most {longest:,} tokens")
+        print(parallel.training_memory(config, args.max_length, args.max_length, process, args.checkpointing, CHUNK)[2])
+        return print("the rows are made by these commands; once they have run, --dry-run can count them")
+    rows = [shown_anew(row, 0, tokenizer, args) for row in read_rows(paths, tokenizer, overlaps, args)[0]]
     steps = [packs_of(step, args.max_length, world) for step in epoch_of(rows, args.batch_size, args.seed, 0)]
     packs = [pack for packs in steps for pack in packs]
     longest = max(sum(map(length_of, pack)) for pack in packs)
@@ -615,20 +630,6 @@ def dry_run(config, rows, tokenizer, args, process):
     print(f"{n_steps} steps: about {minutes:,.1f} minutes")
 
 
-def dry_run_of_data(config, tokenizer, args, process):
-    """The same for data that are not there yet, and so for a training of which nothing is known but --max-length."""
-    n, longest = len(sample.load_problems(args.data, args.limit)), args.max_new_tokens
-    longest = longest or tokenizer.generation_config.get("max_new_tokens") or SamplingParams.max_new_tokens
-    of_teacher = n * args.k + (n if args.teacher != args.model else 0)
-    work = 2 * parallel.count(config) * n * args.n * longest
-    minutes = work / (0.5 * process.world * parallel.speed(config, 64, process.device, process.dtype)) / 60
-    samples = f"{n * args.n:,} samples of {args.model} (roughly {minutes:,.1f} minutes on {process.device})"
-    samples += f", {of_teacher:,} of {args.teacher}"
-    print(f"{args.data}: {n:,} problems; {samples}, each of at most {longest:,} tokens")
-    print(parallel.training_memory(config, args.max_length, args.max_length, process, args.checkpointing, CHUNK)[2])
-    print("the rows are made by these commands; once they have run, --dry-run can count them")
-
-
 def model_card(args, record):
     """README.md of the trained folder."""
     return f"""---\nbase_model: {args.model}\nlibrary_name: transformers\n---
@@ -638,7 +639,6 @@ refinements of this model's own candidates. The weights are float32. Data, resul
 ```json\n{json.dumps(record, indent=2, ensure_ascii=False)}\n```\n"""
 
 
-# ---------------------------------------------------------------------------------------------------------- The command
 def read_flags(argv):
     """The command's flags, with the defaults that depend on --model; InputError for one that cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
@@ -653,6 +653,7 @@ def read_flags(argv):
     add("--max-new-tokens", type=int, help="of the data that are made (default: as in sample.py)")
     add("--solve", metavar="FILE", help="candidates file whose right solutions to learn from")
     add("--refine", metavar="FILE", help="refined file whose right refinements to learn from")
+    add("--rounds", type=int, default=1, help="train so often, each time on new candidates of the student (default: 1)")
     add("--out", help="folder for the trained model (default: runs/MODEL/trained)")
     add("--dry-run", action="store_true", help="print rows, tokens, steps, memory and time, and stop")
     add = parser.add_argument_group("which rows").add_argument
@@ -675,15 +676,16 @@ def read_flags(argv):
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto: CUDA if there is a GPU, else cpu")
     args = parser.parse_args(argv)
-    sizes = "limit n k tensor_parallel max_new_tokens epochs steps batch_size max_length save_every keep"
+    sizes = "limit n k tensor_parallel max_new_tokens rounds epochs steps batch_size max_length save_every keep"
     sample.check_flags(args, *sizes.split())
     _, teacher, data, lr = ALIASES.get(args.model, (None, None, "gsm8k-train", 1e-5))
     args.teacher, args.data, args.lr = args.teacher or teacher, args.data or data, lr if args.lr is None else args.lr
-    if not (args.solve or args.refine or args.teacher):
-        raise InputError(f"--model {args.model}: not in hub.py's table, so give --teacher (or --solve and --refine)")
+    given = args.solve or args.refine
     fewest, most = (n or math.inf for n in args.shown)
     args.out = str(Path(args.out or f"runs/{Path(args.model).name}/trained"))
     rules = {
+        "model": (given or args.teacher, "not in hub.py's table, so give --teacher (or --solve and --refine)"),
+        "rounds": (args.rounds == 1 or not given, "each round makes its data; leave out --solve and --refine"),
         "lr": (0 < args.lr < math.inf, "a rate is above 0"),
         "weight": (0 <= args.weight < math.inf, "must not be below 0"),
         "seed": (args.seed >= 0, "must not be below 0"),
@@ -713,54 +715,57 @@ def check_out(out, made_by):
 
 def main(argv=None):
     args = read_flags(argv)
-    (device, dtype), source = pick_device(args.device, "auto"), find_model(args.model)
-    config = read_config(source)
+    (device, dtype), config = pick_device(args.device, "auto"), read_config(find_model(args.model))
     if (args.max_length or 0) > config.context:
         raise InputError(f"--max-length {args.max_length}: the context of {args.model} is {config.context}; lower it")
-    args.max_length = args.max_length or min(4096, config.context)
-    tokenizer, overlaps = Tokenizer(source, config), overlap_test(args.exclude)
+    args.max_length, overlaps = args.max_length or min(4096, config.context), overlap_test(args.exclude)
     if not (args.solve or args.refine):  # the teacher has to be there and to fit before the student samples for hours
         teacher = read_config(find_model(args.teacher, "--teacher", weights=not args.dry_run))
         check_fits(f"--teacher {args.teacher}", teacher, dtype, device, args.tensor_parallel)
+    rounds = [argparse.Namespace(**vars(args), round=number) for number in range(1, args.rounds + 1)]
+    for before, flags in zip(rounds, rounds[1:]):  # the student of a round is the result of the one before
+        flags.model = before.out = f"{args.out}.round{before.round}"
+        flags.teacher = flags.model if args.teacher == args.model else args.teacher
     try:
-        if not args.dry_run:
-            files.lock(args.out)
-            check_out(args.out, {name: getattr(args, name) for name in SETTINGS})
-        data = {} if args.solve or args.refine else {name: getattr(args, name) for name in DATA_SETTINGS}
-        if Path(args.out).exists() and (other := made_otherwise(args.out, data)):
-            raise InputError(f"--out {other}; choose another --out")
-        if any(paths := data_files(args)):
-            run(args, paths, config, tokenizer, overlaps, device, dtype)
-        elif FIRST:
-            world = int(os.environ.get("WORLD_SIZE", 1))
-            dry_run_of_data(config, tokenizer, args, Process(device, dtype, 0, world))
-        if dist.is_initialized():
-            wait()
-            dist.destroy_process_group()
+        for flags in rounds:  # all results, before the first of them takes its hours
+            if not args.dry_run:
+                files.lock(flags.out)
+                check_out(flags.out, {name: getattr(flags, name) for name in SETTINGS})
+            data = () if args.solve or args.refine or not Path(flags.out).exists() else DATA_SETTINGS
+            if other := made_otherwise(flags.out, {name: getattr(flags, name) for name in ("round", *data)}):
+                raise InputError(f"--out {other}; choose another --out")
+        if args.dry_run:
+            return dry_run(rounds[0], overlaps, device, dtype) if FIRST else None
+        for flags in rounds:
+            if FIRST and args.rounds > 1:
+                print(f"round {flags.round} of {args.rounds}: {flags.model} -> {flags.out}", flush=True)
+            run(flags, overlaps, device, dtype)
+            gc.collect()  # the trained model refers to itself (see prepare) and would stay until the next round
+            if dist.is_initialized():
+                wait()
+                dist.destroy_process_group()
     finally:
-        files.unlock(args.out)
+        for flags in rounds:
+            files.unlock(flags.out)
 
 
-def run(args, paths, config, tokenizer, overlaps, device, dtype):
-    """Read the rows, train on them and save the model, or say what that would take."""
-    out = args.out
-    examples = [read_examples(path, task) if path and FIRST else [] for task, path in enumerate(paths)]
-    if not args.dry_run:
-        student, kinds = fingerprint(tokenizer.folder, torch.float32), (torch.bfloat16, torch.float16)
-        by = read_json(meta_path(paths[1])).get("candidates_by") if paths[1] and meta_path(paths[1]).exists() else None
-        if by and by != student and by not in (fingerprint(tokenizer.folder, kind) for kind in kinds):
-            advice = f"refine this one's, or delete {meta_path(paths[1])} to learn from them all the same"
-            other = f"refines candidates of another model ({by}) than {args.model} ({student})"
-            raise InputError(f"--refine {paths[1]}: {other}; {advice}")
+def run(args, overlaps, device, dtype):
+    """One round: make the data, read the rows, train on them and save the model."""
+    out, source, paths = args.out, find_model(args.model), data_files(args)
+    student, kinds = fingerprint(source, torch.float32), (torch.bfloat16, torch.float16)
+    by = read_json(meta_path(paths[1])).get("candidates_by") if paths[1] and meta_path(paths[1]).exists() else None
+    if by and by != student and by not in (fingerprint(source, kind) for kind in kinds):
+        advice = f"refine this one's, or delete {meta_path(paths[1])} to learn from them all the same"
+        other = f"refines candidates of another model ({by}) than {args.model} ({student})"
+        raise InputError(f"--refine {paths[1]}: {other}; {advice}")
+    tokenizer = Tokenizer(source, read_config(source))
     rank, world, _, _ = processes(device, f"train {out}")
     # One process reads and grades: two that grade by themselves might not agree on a slow answer.
-    box = [read_rows(paths, examples, tokenizer, overlaps, args)] if rank == 0 else [None]
+    box = [read_rows(paths, tokenizer, overlaps, args)] if rank == 0 else [None]
     if world > 1:
         dist.broadcast_object_list(box)
     rows, held, counts = box[0]
     process = Process(device, dtype, rank, world)
-    if args.dry_run:
-        return dry_run(config, rows, tokenizer, args, process) if rank == 0 else None
     content = [[[row.task, row.prompt, row.completion] for row in part] for part in (rows, held)]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     made_by = {"student": student, "rows": digest, "dtype": str(process.dtype).removeprefix("torch.")}
@@ -784,7 +789,7 @@ def run(args, paths, config, tokenizer, overlaps, device, dtype):
             draw_losses(files.whole_lines(Path(f"{out}.metrics.jsonl"))[0], TASKS, f"{out}.loss.png")
             write_json(meta_path(out), {**record, "complete": False})
         # In float32: an update is often smaller than what bfloat16 can add to a weight.
-        save(model, out, tokenizer.folder, model_card(args, record))
+        save(model, out, source, model_card(args, record))
     if rank == 0:
         sync(Path(out).parent)
         write_json(meta_path(out), {**record, "complete": True})  # only now

@@ -35,7 +35,7 @@ def test_twenty_thousand_answers_take_less_than_a_minute(tmp_path):
         wrong = [rf"\frac{{{a + j}\sqrt{{{b}}}}}{{{c}}}" for j in range(1, 5)] + [str(a), f"{a}x+{b}", rf"\sqrt{{{b}}}"]
         answers = [str(rng.choice(right if rng.random() < 0.5 else wrong)) for _ in range(40)]
         problem = outcome_arrays(39, 1)
-        texts = {"answers": answers[:39], "rounds": [], "refinements": answers[39:], "sizes": (39, 0, 1)}
+        texts = {"answers": answers[:39], "rounds": [], "refinements": answers[39:], "sizes": (39, 0, 0, 1)}
         problems[str(i)] = {"answer": right[0], **texts, **problem}
     grader = e.Grader(cache=tmp_path / "grades.jsonl")
     # Seconds of two processors, so that other work on the machine does not count.

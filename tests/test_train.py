@@ -2,6 +2,7 @@
 
 import argparse
 import fcntl
+import gc
 import json
 import math
 import os
@@ -11,12 +12,13 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, make_folder
+from conftest import ROOT, make_folder, write_tokenizer
 from test_evaluate import refined_row, write_rows
 from test_model import theirs
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,9 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hub
 import model as m
 import parallel
+import refine
 import sample
 import train
-from files import InputError, meta_path, read_json, read_jsonl
+from files import LOCKS, InputError, meta_path, read_json, read_jsonl, unlock
 
 CPU = torch.device("cpu")
 ALONE = train.Process(CPU, torch.float32, 0, 1)
@@ -977,6 +980,202 @@ def test_training_on_one_task_alone(data, student, tmp_path, capsys):
     assert "trained already" in capsys.readouterr().out
     [line] = read_jsonl(tmp_path / "t.metrics.jsonl")
     assert line["loss_refine"] is None and math.isfinite(line["loss_solve"])
+
+
+# ------------------------------------------------------------------------------------------------
+# Rounds
+
+
+@pytest.fixture(scope="module")
+def world(student, tmp_path_factory):
+    """Flags for a student, a teacher and problems of its own, in an empty folder; every answer there is right."""
+    folder = tmp_path_factory.mktemp("world")
+    write_rows(folder / "problems.jsonl", [{"id": i, "problem": f"{i}?", "answer": "1"} for i in range(6)])
+    teacher = make_folder(folder / "teacher", "qwen2", seed=1, max_position_embeddings=1024)
+    write_tokenizer(teacher, eos_ids=range(2, 60))  # it often stops: what the length limit cuts off is not learned
+    flags = ["--model", str(student), "--teacher", str(teacher), "--data", str(folder / "problems.jsonl")]
+    flags += ["-n", "2", "-k", "2", "--lr", "3e-3", "--batch-size", "6", "--steps", "5", "--save-every", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Grader, "equal", lambda *_: True)  # random models are right about nothing
+        yield [*flags, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def two_rounds(world, tmp_path_factory):
+    """What `--rounds 2` makes: OUT, with all the rest beside it."""
+    out = tmp_path_factory.mktemp("two") / "trained"
+    train.main([*world, "--rounds", "2", "--out", str(out)])
+    return out
+
+
+def weights_of(out):
+    return (out / "model.safetensors").read_bytes()
+
+
+def content_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_two_rounds_are_what_two_commands_by_hand_make(world, student, two_rounds, tmp_path, capsys):
+    """Guards against: a round on the first student's candidates or weights, with its optimizer, or with a new teacher.
+
+    By hand: training, then sampling, refining and training again from what came out. And a rerun changes nothing.
+    """
+    by_hand, teacher, first = tmp_path / "trained", world[3], str(tmp_path / "trained.round1")
+    train.main([*world, "--out", first])
+    names = ("train.round2.candidates.jsonl", "teacher.round2.refined.jsonl", "teacher.candidates.jsonl")
+    candidates, refined, solutions = (str(tmp_path / name) for name in names)
+    sample.main(["--model", first, "--data", world[5], "-n", "2", "--device", "cpu", "--out", candidates])
+    refine.main(["--model", teacher, "--candidates", candidates, "-k", "2", "--device", "cpu", "--out", refined])
+    train.main(["--model", first, "--solve", solutions, "--refine", refined, *world[10:], "--out", str(by_hand)])
+    rounds = [Path(f"{two_rounds}.round1"), two_rounds]
+    for ours, other in zip(rounds, (Path(first), by_hand)):
+        assert weights_of(ours) == weights_of(other)
+        assert_same_losses(ours, other, 0)
+    assert weights_of(rounds[0]) != weights_of(rounds[1])
+    folder = two_rounds.parent
+    for name in names:
+        assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()
+    texts = [
+        [[c["text"] for c in row["candidates"]] for row in read_jsonl(folder / f"train{later}.candidates.jsonl")]
+        for later in ("", ".round2")
+    ]
+    assert len(texts[0]) == len(texts[1]) == 6 and texts[0] != texts[1]
+
+    before = [hub.fingerprint(path, torch.float32) for path in (student, rounds[0])]
+    sampled = [read_json(folder / f"train{later}.candidates.meta.json")["weights"] for later in ("", ".round2")]
+    metas = [read_json(meta_path(out)) for out in rounds]
+    assert sampled == before == [meta["student"] for meta in metas]
+    assert [meta["model"] for meta in metas] == [str(student), str(rounds[0])]
+    assert [(meta["flags"]["round"], meta["flags"]["rounds"]) for meta in metas] == [(1, 2), (2, 2)]
+    assert all(meta["complete"] and meta["spent"]["steps"] == 5 for meta in metas)
+
+    there = content_of(folder)
+    capsys.readouterr()
+    train.main([*world, "--rounds", "2", "--out", str(two_rounds)])
+    printed = capsys.readouterr().out
+    assert content_of(folder) == there and printed.count(": trained already") == 2
+    assert printed.count(f"python sample.py --model {teacher}") == 1  # its solutions are those of the first round
+    assert f"round 2 of 2: {rounds[0]} -> {rounds[1]}" in printed
+
+
+STOPS = [  # a function, and the call of it before which a run of two rounds is stopped: by its arguments, or its number
+    (train, "write_json", lambda path, data: path.name == "trained.round1.meta.json" and data["complete"]),
+    (sys.modules["files"], "write_text", lambda path, text: path.name == "train.round2.candidates.jsonl"),
+    (refine, "main", lambda flags: flags[-1].endswith("teacher.round2.refined.jsonl")),
+    (train, "update", 4),  # of the second round, which has saved its second step
+    (train, "save", lambda model, out, *_: out.endswith("trained")),
+    (train, "write_json", lambda path, data: path.name == "trained.meta.json" and data["complete"]),
+]
+
+
+def test_rounds_stopped_at_any_moment_end_with_the_same_weights(world, two_rounds, tmp_path, monkeypatch, capsys):
+    """Guards against: a round that begins again from the first student, or mixes its data with another round's."""
+    out = tmp_path / "trained"
+    flags = [*world, "--rounds", "2", "--out", str(out)]
+    for module, name, stop in STOPS:
+        real, calls = getattr(module, name), []
+
+        def stopped(*given, real=real, calls=calls, stop=stop):
+            calls.append(given)
+            if len(calls) == stop or callable(stop) and stop(*given):
+                raise KeyboardInterrupt
+            return real(*given)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, name, stopped)
+            train.main(flags)
+        for locked in list(LOCKS):  # as when the process ends
+            unlock(locked)
+    assert f"{out}.checkpoints/step-2: goes on from there" in capsys.readouterr().out
+    train.main(flags)
+    for end in ("", ".round1"):
+        assert weights_of(Path(f"{out}{end}")) == weights_of(Path(f"{two_rounds}{end}"))
+        assert_same_losses(f"{out}{end}", f"{two_rounds}{end}", 0)
+        assert read_json(meta_path(f"{out}{end}"))["complete"]
+    names = [sorted(path.name for path in folder.iterdir()) for folder in (tmp_path, two_rounds.parent)]
+    assert names[0] == names[1]
+
+
+def test_a_round_leaves_the_device_to_the_next(world, tmp_path, monkeypatch):
+    """Guards against: weights, gradients and moments that stay while the next round samples, and so twice of them."""
+    trained, sampled, real = [], [], (train.train, sample.main)
+
+    def keep(*given):
+        model, spent = real[0](*given)
+        trained.append(weakref.ref(model))
+        return model, spent
+
+    def look(flags):
+        sampled.append([ref() is None for ref in trained])
+        return real[1](flags)
+
+    monkeypatch.setattr(train, "train", keep)
+    monkeypatch.setattr(sample, "main", look)
+    gc.disable()  # it may come by itself, but not because a GPU is full
+    try:
+        train.main([*world, "--rounds", "3", "--checkpointing", "--steps", "1", "--out", str(tmp_path / "trained")])
+    finally:
+        gc.enable()
+    assert sampled == [[], [], [True], [True, True]]
+
+
+def test_rounds_of_a_student_that_is_its_own_teacher(world, tmp_path, capsys):
+    """Guards against: the first student as the teacher of the later ones, or its solutions beside their refinements."""
+    out, teacher = tmp_path / "trained", world[3]
+    train.main(["--model", teacher, *world[2:], "--rounds", "2", "--out", str(out)])
+    first, weights = f"{out}.round1", hub.fingerprint(Path(f"{out}.round1"), torch.float32)
+    meta = read_json(meta_path(out))
+    assert meta["model"] == meta["flags"]["teacher"] == first
+    assert meta["solve"] == str(tmp_path / "train.round2.candidates.jsonl") and meta["data"]["solve"]["rows"]
+    assert meta["refine"] == str(tmp_path / "teacher.round2.refined.jsonl")
+    assert read_json(meta_path(meta["solve"]))["weights"] == read_json(meta_path(meta["refine"]))["weights"] == weights
+    assert not (tmp_path / "teacher.candidates.jsonl").exists()
+    assert capsys.readouterr().out.count("python sample.py") == 2
+
+
+def test_another_number_of_rounds_is_a_line(world, two_rounds, tmp_path, monkeypatch, capsys):
+    """Guards against: a result of the second round that passes for one of the third, after hours; rounds of no data."""
+    for stage in (sample, refine):
+        monkeypatch.setattr(stage, "main", lambda *_: pytest.fail("it made data first"))
+    there, out = content_of(two_rounds.parent), tmp_path / "trained"
+
+    def fails(match, *more, out=two_rounds):
+        for flags in ([*world, *more], [*world, *more, "--dry-run"]):
+            with pytest.raises(InputError, match=match) as caught:
+                train.main([*flags, "--out", str(out)])
+            assert "\n" not in str(caught.value)
+
+    fails("trained was made with round 2, not 3; choose another --out", "--rounds", "3")
+    fails("trained was made with round 2, not 1; choose another --out")
+    fails("round1 was made with limit None, not 5; choose another --out", "--rounds", "2", "--limit", "5")
+    meta = read_json(meta_path(two_rounds))
+    meta_path(out).write_text(json.dumps({**meta, "complete": False}))  # of a run that was killed
+    fails("trained was made with round 2, not 3", "--rounds", "3", out=out)
+    del meta["flags"]["round"], meta["flags"]["rounds"]  # of a version that had no rounds
+    meta_path(out).write_text(json.dumps(meta))
+    fails("trained was made with round 1, not 2", "--rounds", "2", out=out)
+    fails("--rounds 0: must be at least 1", "--rounds", "0")
+    for name in ("--solve", "--refine"):
+        fails("--rounds 2: each round makes its data", "--rounds", "2", name, "file.jsonl")
+    assert content_of(two_rounds.parent) == there
+
+    train.main([*world, "--rounds", "3", "--dry-run", "--out", str(tmp_path / "new")])
+    assert "the first of 3 rounds, which take about 3 times as long in all\n" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [meta_path(out)]
+
+
+def test_two_processes_go_through_the_rounds_together(tmp_path):
+    """Guards against: a process group or a mesh of one round in the way of the next, a rank that reads too soon."""
+    rows = [{"id": i, "problem": row["problem"], "answer": row["answer"]} for i, row in enumerate(TINY)]
+    write_rows(tmp_path / "problems.jsonl", rows)
+    flags = ["--data", str(tmp_path / "problems.jsonl"), "-n", "2", "--steps", "3", "--batch-size", "4"]
+    out = tmp_path / "trained"
+    printed = finish(start([*flags, "--rounds", "2", "--out", str(out)], 2))
+    assert printed.count("python sample.py --model") == 3 and printed.count(f"round 2 of 2: {out}.round1 ->") == 1
+    for result in (f"{out}.round1", out):
+        assert read_json(meta_path(result))["complete"] and len(read_jsonl(f"{result}.metrics.jsonl")) == 3
+    assert read_json(meta_path(out))["student"] == hub.fingerprint(Path(f"{out}.round1"), torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------
