@@ -13,14 +13,14 @@ from conftest import ROOT, make_folder, write_tokenizer
 from test_train import data  # noqa: F401  a fixture
 
 import evaluate
+import figures
 import hub
 from files import read_json
 
-COMMANDS = [
-    shlex.split(line)
-    for block in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    for line in block.splitlines()
-]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+COMMANDS = [shlex.split(line) for block in BLOCKS for line in block.splitlines()]
+COMMANDS += [shlex.split(line) for line in re.findall(r"^\|.*\| `(python [a-z]+\.py .*)` \|$", README, re.MULTILINE)]
 
 
 def test_readme_commands_run(data, tmp_path, monkeypatch):  # noqa: F811
@@ -29,7 +29,7 @@ def test_readme_commands_run(data, tmp_path, monkeypatch):  # noqa: F811
     student = make_folder(tmp_path / "student", max_position_embeddings=2048)
     teacher = make_folder(tmp_path / "teacher", seed=1, max_position_embeddings=2048)
     write_tokenizer(teacher, eos_ids=range(2, 60))  # it often stops: what the length limit cuts off is not learned
-    rows = [{"id": i, "problem": f"{i}?", "answer": "1"} for i in range(4)]
+    rows = [{"id": i, "problem": f"{i}?", "answer": "1"} for i in range(6)]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, folder in (("qwen-1.5b", student), ("qwen-7b", teacher)):
         monkeypatch.setitem(hub.ALIASES, name, (str(folder), *hub.ALIASES[name][1:]))
@@ -60,7 +60,7 @@ def test_readme_commands_run(data, tmp_path, monkeypatch):  # noqa: F811
             assert command[0] == "python"
             importlib.import_module(command[1].removesuffix(".py")).main(command[2:])
             ran += 1
-    assert ran >= 5 and (tmp_path / "runs" / "report.json").exists()
+    assert ran >= 5 + len(figures.CHECKLIST) and (tmp_path / "runs" / "report.json").exists()
     assert (tmp_path / "runs" / "qwen-1.5b" / "trained" / "model.safetensors").exists()
 
 
