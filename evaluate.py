@@ -47,7 +47,7 @@ from pathlib import Path
 
 import numpy as np
 
-from figures import BLUE, GREY, as_markdown, as_text, checklist, details, draw, notes, scaling, shorten, tables_of
+from figures import BLUE, GREY, as_markdown, as_text, checklist, details, draw, notes, say, scaling, shorten, tables_of
 from files import InputError, command_line, disk_errors, each_row, meta_path, read_json, write_json, write_text
 from grade import Grader, extract_answer, gold_answer, strip_thinking
 from vote import best, borda, class_sums, classes, distinct, vote
@@ -146,7 +146,7 @@ class Outcomes:
 
     votes: np.ndarray  # [S, P, N] classes of equal answers: 0 right, -1 none, -2 not sampled (sample.py --adaptive)
     refined: np.ndarray  # [S, P, K] in the same classes, of the last round
-    rounds: np.ndarray  # [S, P, R, M] in the same classes: the refinements of the R rounds before it, seldom any
+    rounds: np.ndarray  # [S, P, R, M] likewise, of the R rounds before; of the last of them are the candidates shown
     tokens: np.ndarray  # [S, P, N] generated
     logprob: np.ndarray  # [S, P, N] of the whole candidate
     certainty: np.ndarray  # [S, P, N]
@@ -156,9 +156,10 @@ class Outcomes:
     refined_tokens: np.ndarray  # [S, P, K]
     refined_cut: np.ndarray  # [S, P, K]
     refined_prompt_tokens: np.ndarray  # [S, P, K]
-    copied: np.ndarray  # [S, P, K] has the text of one of the candidates
+    copied: np.ndarray  # [S, P, K] has the text of one of the candidates that it saw
     drawn: np.ndarray  # [S, P, K]: how many candidates were drawn to be shown
-    order: np.ndarray  # [S, P, K, N]: which candidate (of M, in a later round) stood at which place, -1 for none
+    left_out: np.ndarray  # [S, P, K]: the share of them that the prompt lacks
+    order: np.ndarray  # [S, P, K, N or M]: which of the candidates stood at which place of the prompt, -1 for none
     rounds_tokens: np.ndarray  # [S, P, R, M]
     rounds_prompt_tokens: np.ndarray  # [S, P, R, M]
 
@@ -169,14 +170,14 @@ REFINEMENT = dict(refined_tokens="n_tokens", refined_cut="finish_reason", refine
 ROUNDS = dict(rounds_tokens="n_tokens", rounds_prompt_tokens="n_prompt_tokens")
 
 
-def completions(row, key, where):
-    """The candidates or refinements of a row; InputError where there are none, or one of them has no text."""
-    if not isinstance(row[key], list) or not row[key]:
-        raise InputError(f"{where}: its {key!r} are empty or no list, but {reprlib.repr(row[key])}")
-    for i, item in enumerate(row[key]):
-        if not isinstance(item, dict) or not isinstance(item.get("text"), str):
+def completions(items, key, where, kind=dict):
+    """Candidates or refinements of a row, under `key`; InputError where there are none, or one of them has no text."""
+    if not isinstance(items, list) or not items:
+        raise InputError(f"{where}: its {key!r} are empty or no list, but {reprlib.repr(items)}")
+    for i, item in enumerate(items):
+        if not isinstance(item, kind) or (kind is dict and not isinstance(item.get("text"), str)):
             raise InputError(f"{where}: its {key!r} lack text: number {i} is {reprlib.repr(item)}")
-    return row[key]
+    return items
 
 
 def numbers(items, key, where):
@@ -197,51 +198,56 @@ def numbers(items, key, where):
 
 def read_problem(row, where):
     """What counts about a row of a candidates or refined file, without its texts: files are larger than memory."""
-    candidates = completions(row, "candidates", where)
-    refinements = completions(row, "refinements", where) if "refinements" in row else []
-    rounds = row.get("rounds") or []
-    rounds = [completions({"rounds": x}, "rounds", where) for x in (rounds if isinstance(rounds, list) else [rounds])]
+    candidates = completions(row["candidates"], "candidates", where)
+    refinements = completions(row["refinements"], "refinements", where) if "refinements" in row else []
+    rounds = completions(row["rounds"], "rounds", where, list) if row.get("rounds") else []
+    rounds = [completions(some, "rounds", where) for some in rounds]
     if len(set(map(len, rounds))) > 1:
         raise InputError(f"{where}: its rounds have more and fewer refinements")
     if isinstance(row.get("answer"), (list, dict)):
         raise InputError(f"{where}: its answer is no text but {reprlib.repr(row['answer'])}")
     N, R, M = row.get("adaptive") or len(candidates), len(rounds), len(rounds[0]) if rounds else 0
-    sources = rounds[-1] if rounds else candidates
     if type(N) is not int or N < len(candidates):
         raise InputError(f"{where}: 'adaptive' is {N!r}, not the most candidates that it could have")
-    order = np.full((len(refinements), max(N, len(sources))), -1, dtype=np.int16)
-    for places, refinement in zip(order, refinements):
-        shown = refinement.get("order") or []
-        if not isinstance(shown, list) or not all(i in range(len(sources)) and shown.count(i) == 1 for i in shown):
-            raise InputError(f"{where}: the order {reprlib.repr(shown)} is not one of its {len(sources)} candidates")
-        places[: len(shown)] = shown
     earlier = [item for some in rounds for item in some]
     texts = [strip_thinking(item["text"], str(row.get("prompt") or "")) for item in candidates]
     before, refined = (
         [strip_thinking(x["text"], str(x.get("prompt") or "")) for x in some] for some in (earlier, refinements)
     )
-    originals = set(texts + before) - {""}  # nobody copies a candidate that is all thought: no prompt shows it
-    drawn, padding = numbers(refinements, "drawn", where), (0, N - len(candidates))
-    drawn = np.where(np.isnan(drawn), len(sources), drawn)
-    if not np.isin(drawn, np.arange(1, len(sources) + 1)).all():
-        raise InputError(f"{where}: its refinements were drawn {drawn.tolist()} of {len(sources)} candidates")
     found = {field: numbers(candidates, key, where) for field, key in CANDIDATE.items()}
     for field, values in found.items():  # nothing was generated for candidates that were not sampled
-        found[field] = np.pad(values, padding, constant_values=0 if field == "tokens" else np.nan)
+        missing = 0 if field == "tokens" else np.nan
+        found[field] = np.pad(values, (0, N - len(candidates)), constant_values=missing)
     return {
         "answer": gold_answer(row.get("answer")),
         "answers": [extract_answer(text) for text in texts],
         "rounds": [extract_answer(text) for text in before],
         "refinements": [extract_answer(text) for text in refined],
         "sizes": (N, R, M, len(refinements)),
-        "copied": np.array([text in originals for text in refined], dtype=float),
         "prompt_tokens": numbers([row], "n_prompt_tokens", where),
         **found,
         **{field: numbers(refinements, key, where) for field, key in REFINEMENT.items()},
         **{field: numbers(earlier, key, where).reshape(R, M) for field, key in ROUNDS.items()},
-        "drawn": drawn,
-        "order": order,
+        **what_was_shown(refinements, refined, before[-M:] if R else texts, M or N, where),
     }
+
+
+def what_was_shown(refinements, texts, sources, width, where):
+    """Of refinements with these texts, made from `sources`, texts too: `drawn`, `order`, `left_out` and `copied`."""
+    K, n, drawn = len(refinements), len(sources), numbers(refinements, "drawn", where)
+    drawn = np.where(np.isnan(drawn), n, drawn)
+    if not np.isin(drawn, np.arange(1, n + 1)).all():
+        raise InputError(f"{where}: its refinements were drawn {drawn.tolist()} of {n} candidates")
+    copied, left_out, order = np.zeros(K), np.full(K, np.nan), np.full((K, width), -1, dtype=np.int16)
+    for k, (refinement, text) in enumerate(zip(refinements, texts)):
+        shown = refinement.get("order")
+        if shown is not None:
+            if not isinstance(shown, list) or not all(i in range(n) and shown.count(i) == 1 for i in shown):
+                raise InputError(f"{where}: the order {reprlib.repr(shown)} is not one of its {n} candidates")
+            order[k, : len(shown)], left_out[k] = shown, 1 - len(shown) / drawn[k]
+        # Nobody copies a candidate that is all thought: no prompt shows it.
+        copied[k] = text != "" and text in {sources[i] for i in (range(n) if shown is None else shown)}
+    return {"drawn": drawn, "order": order, "left_out": left_out, "copied": copied}
 
 
 def read_file(path):
@@ -303,7 +309,7 @@ def grade_files(files, grader, what=None):
             of_file[:n] = list(itertools.islice(number, n))
         later[:, p] = np.reshape(list(number), (S, R * M + K))
     rounds, refined = later[..., : R * M].reshape(S, P, R, M), later[..., R * M :]
-    names = [field.name for field in dataclasses.fields(Outcomes)[3:]]
+    names = {field.name for field in dataclasses.fields(Outcomes)} - {"votes", "refined", "rounds"}
     arrays = {name: np.array([[problems[i][name] for i in first] for problems in files]) for name in names}
     return Outcomes(votes=votes, refined=refined, rounds=rounds, **arrays)
 
@@ -317,8 +323,8 @@ def read_meta(path, refined):
     meta = read_json(meta_path(path)) if meta_path(path).exists() else {}
     if not meta.get("complete", True):
         print(f"{path}: not complete yet; run the command that makes it again for the whole")
-    sampled = meta_path(meta.get("data") or "-") if refined else meta_path(path)
-    before = number(read_json(sampled), "seconds") if sampled.exists() else None
+    of_candidates = meta_path(meta.get("data") or "-") if refined else meta_path(path)
+    before = number(read_json(of_candidates), "seconds") if of_candidates.exists() else None
     after = number(meta, "seconds") if refined else None
     after = None if after is None else after + (number(meta, "seconds_before") or 0)  # of the rounds before
     seconds = {"candidates": before, "refinement": after}
@@ -378,12 +384,8 @@ def mean_logprob(x):
     return x.logprob / np.maximum(x.tokens, 1)
 
 
-def together(x):
-    return np.concatenate([x.votes, x.refined], -1)
-
-
 def one_sample(x):
-    """[S, P]; in a file of --adaptive of the first wave, which all problems have."""
+    """[S, P]; of the first candidates, as many as all problems have: which problems have more is no accident."""
     return (x.votes[..., : sampled(x).sum(-1).min()] == 0).mean(-1)
 
 
@@ -400,7 +402,10 @@ METHODS = [
     Method("score", "highest score", lambda x: best(x.votes, x.score), ("score",), marker="p"),
     Method("refined", "refined", lambda x: (x.refined == 0).mean(-1), ("refined",), one_refinement, "D", BLUE),
     Method("refmaj", "vote of {k} refinements", lambda x: vote(x.refined), ("refined",), everything, "P"),
-    Method("union", "vote of all, refined too", lambda x: vote(together(x)), ("refined",), everything, "X"),
+    Method(
+        "union", "vote of all, refined too", lambda x: vote(np.dstack([x.votes, x.refined])),
+        ("refined",), everything, "X",
+    ),  # fmt: skip
     Method("pass@N", "any right of {n}", lambda x: (x.votes == 0).any(-1).astype(float), marker="^"),
 ]
 
@@ -421,13 +426,13 @@ def methods_of(x):
 
 
 def equal_cost(x, maj_at_k):
-    """How many candidates cost the same as N candidates and one refinement, and their vote, from maj_at_k [P, M].
+    """How many candidates cost what a refinement and all that it is made from do, and their vote, from maj_at_k [P, M].
 
-    -> {"generated": counted in generated tokens, "with_prompts": together with the prompts, each of which is computed
-    once for all its samples}, and of each {"k": that many, "credit": their vote [P], "extrapolated": is M too few?}.
+    -> {"generated": counted in generated tokens, "with_prompts": together with the refinement prompts (the problem's
+    own counts once for either)}, and of each {"k": that many, "credit": their vote [P], "extrapolated": is M too few?}.
     k is None where tokens are not known. With several seeds M is the number of all their candidates. Where M is too
-    few, the curve is continued in a straight line through its last steps, up to k = 2 M; there is no credit beyond.
-    The true curve flattens, so the straight line overestimates the vote.
+    few, the curve is continued in a straight line through its last steps, which overestimates the vote, as the true
+    curve flattens; there is no credit beyond k = 2 M.
     """
     most, found = maj_at_k.shape[1], {}
     a_candidate = max(x.tokens.sum() / sampled(x).sum(), 1)
@@ -553,7 +558,7 @@ def with_interval(name, values):
 
 
 def by_shown(x, maj_at):
-    """Refinement by the number of candidates that were drawn to be shown, beside maj_at [S, P, N], maj@k of all."""
+    """Refinement by the number of candidates drawn to be shown, beside the vote of as many, in maj_at [S, P, N]."""
     found = []
     for shown in map(int, np.unique(x.drawn)):
         at = x.drawn == shown  # [S, P, K]
@@ -580,7 +585,10 @@ def by_round(x, maj):
 
 
 def to_first(read, outcomes):
-    """Paired differences of each row to the first, None where they are not about the same problems."""
+    """Paired differences of each row to the first, None where they are not about the same problems.
+
+    `read` has the files of each row, as read_file gives them, and `outcomes` the Outcomes of each row.
+    """
     first, keys, found = outcomes[0], [(i, problem["answer"]) for i, problem in read[0][0].items()], [None]
     for x, (problems, *_) in zip(outcomes[1:], read[1:]):
         place = {(i, problem["answer"]): at for at, (i, problem) in enumerate(problems.items())}
@@ -601,7 +609,7 @@ def report_row(name, x, metas):
     credits = {method.name: method.credit(x) for method in methods}  # [S, P] each
     maj, refined = credits["maj@N"], credits.get("refined", np.full((S, P), np.nan))
     there, right = sampled(x), (x.votes == 0).sum(2)  # [S, P, N], [S, P]
-    least = int(there.sum(2).min())  # as many candidates have all problems; only with --adaptive less than N
+    least = int(there.sum(2).min())  # every problem has so many candidates; only with --adaptive less than N
     votes = x.votes[..., :least]
     pass_at = pass_at_k(least, (votes == 0).sum(2).ravel())  # [S * P, least]
     maj_at = majority_at_k(votes.reshape(S * P, least))  # [S * P, least]
@@ -642,7 +650,7 @@ def report_row(name, x, metas):
         "rounds": by_round(x, maj) if K else None,
         "unanimous": mean(agreement(x.votes)["unanimous"]),
         "copied": mean(x.copied),
-        "left_out": mean(1 - (x.order >= 0).sum(3) / x.drawn),
+        "left_out": mean(x.left_out),
         "answered": both((x.votes >= 0)[there], x.refined >= 0),
         "cut_off": both(x.cut[there], x.refined_cut),
         "unboxed": both((x.votes < 0)[x.cut == 0], (x.refined < 0)[x.refined_cut == 0]),  # of those that ended
@@ -656,12 +664,6 @@ def report_row(name, x, metas):
 # The report
 
 
-def say(*parts, sep="\n"):
-    """Print texts, with a ? for what this terminal cannot show."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(sep.join(parts).encode(encoding, "replace").decode(encoding))
-
-
 def show(identity, path, limit):
     """One problem of a candidates or refined file on the terminal: answers, votes and refinement side by side."""
     rows = each_row(path, keys=("id", "problem", "candidates"))
@@ -671,20 +673,18 @@ def show(identity, path, limit):
     gold, refined = problem["answer"], problem["rounds"] + problem["refinements"]
     number = classes(gold, problem["answers"], grader, refined)
     grader.close()
-    kinds = [f"candidate {i}" for i in range(len(row["candidates"]))]
-    items = list(row["candidates"])
-    for r, some in enumerate([*row.get("rounds", []), row.get("refinements", [])], 1):
-        kinds += [f"round {r}, {i}" if row.get("rounds") else f"refinement {i}" for i in range(len(some))]
-        items += some
+    rounds = [(f"round {r},", some) for r, some in enumerate(row.get("rounds") or [], 1)]
+    groups = [("candidate", row["candidates"]), *rounds, ("refinement", row.get("refinements", []))]
+    items = [(f"{kind} {i}", item) for kind, some in groups for i, item in enumerate(some)]
     lines = [["", "", "answer", "votes", "tokens", "logprob", "certainty", "ended", "order"]]
-    for kind, item, answer, own in zip(kinds, items, problem["answers"] + refined, number):
+    for (kind, item), answer, own in zip(items, problem["answers"] + refined, number):
         mark = "no answer" if own < 0 else "-" if gold is None else "right" if own == 0 else "wrong"
         votes = "-" if own < 0 else str(number[: len(row["candidates"])].count(own))
         about = (mean(numbers([item], key, where)) for key in ("n_tokens", "logprob", "self_certainty"))
         lines.append([kind, mark, shorten(answer or "-", 30), votes, *details(item, *about)])
     parts = [textwrap.fill(row["problem"], 100, replace_whitespace=False), f"\nright answer: {gold}"]
     parts.append(as_text("", lines, "votes: candidates with the same answer; logprob: mean a token"))
-    for (kind, mark, *_), item in zip(lines[1:], items):
+    for (kind, mark, *_), (_, item) in zip(lines[1:], items):
         parts.append(f"\n--- {kind}: {mark}\n{strip_thinking(item['text'])}")
     say(*parts)
 
@@ -723,7 +723,7 @@ def report(words, out, limit):
         figures = draw(rows, METHODS, found, out)
     parts = ["# Report", *(as_markdown(*table) for table in tables), *(f"- {sentence}" for sentence in sentences)]
     parts += [f"![{name}]({name})" for name in figures]
-    write_text(out / "report.md", "\n\n".join([*parts, as_markdown(*checklist(rows))]) + "\n")
+    write_text(out / "report.md", "\n\n".join([*parts, as_markdown(*checklist())]) + "\n")
     say("", *(as_text(*table) for table in tables), sep="\n\n")
     say("", *itertools.chain(*(textwrap.wrap(sentence, 100) for sentence in sentences)))
     print(f"{out}: report.json, report.md, {', '.join(figures)} written ({time.time() - started:.0f} s)")
@@ -779,7 +779,7 @@ def main(argv=None):
     group.add_argument("--suite", help=f"sample, refine and report: {', '.join(SUITES)}, or sets and files with commas")
     group.add_argument("--model", default="tiny", help="short name, hub id or folder (default: tiny)")
     group.add_argument("-n", "--n", type=int, default=8, help="candidates a problem (default: 8)")
-    group.add_argument("--k", type=int, default=1, help="refinements a problem (default: 1)")
+    group.add_argument("-k", "--k", type=int, default=1, help="refinements a problem (default: 1)")
     group.add_argument("--limit", type=int, help="only the first so many problems of each set")
     args, flags = parser.parse_known_args(argv)
     if flags and not suite:

@@ -1,9 +1,10 @@
-"""Tables and figures of what report.json says; evaluate.py prints and writes them. And the losses of train.py.
+"""Tables, sentences and figures of what report.json says; evaluate.py prints and writes them. And train.py's losses.
 
 `rows` are those of report.json, and `methods` are METHODS of evaluate.py, with their names and how they are drawn.
 """
 
 import math
+import sys
 import textwrap
 from dataclasses import dataclass
 
@@ -203,34 +204,45 @@ def lists_of(rows):
     ]  # fmt: skip
 
 
-# What reviewers of refinement ask, what of report.json answers it, and the command that makes what that rests on.
-SAMPLE = "sample.py --data gsm8k -n 8 --model"
-REFINE = "refine.py --model qwen-1.5b --candidates runs/g.candidates.jsonl"
+# What reviewers of refinement ask, where report.json answers it, and what makes a file for evaluate.py that shows it.
+SAMPLE = "python sample.py --data gsm8k -n 8 --model"
+REFINE = "python refine.py --model qwen-1.5b --candidates runs/g.candidates.jsonl"
+SOLVING = "python train.py --model qwen-1.5b --solve s.candidates.jsonl --steps 100 --out runs/solving"
 CHECKLIST = [
-    ("Is it better than a vote that costs as much?", "equal_cost", "route.py runs/g.refined.jsonl --out runs/route"),
-    ("What does it break?", "flips", f"{REFINE}"),
-    ("And with little diversity?", "flips", f"{SAMPLE} qwen-1.5b --temperature 0.3 --out runs/cold.candidates.jsonl"),
-    ("How many candidates should it see?", "by_shown", f"{REFINE} --shown 4 --out runs/four.refined.jsonl"),
-    ("Do more rounds help?", "rounds", f"{REFINE} -k 4 --rounds 3 --out runs/again.refined.jsonl"),
-    ("Does the order of the candidates matter?", "order", f"{REFINE} -k 4 --out runs/orders.refined.jsonl"),
-    ("And the temperature?", "to_first", f"{REFINE} --temperature 0 --out runs/greedy.refined.jsonl"),
-    ("And candidates that were cut off?", "to_first", f"{REFINE} --skip-cut-off --out runs/whole.refined.jsonl"),
-    ("What does the teacher itself score?", "methods", f"{SAMPLE} qwen-7b --out runs/teacher.candidates.jsonl"),
+    ("Is it better than a vote that costs as much?", "equal_cost", [REFINE]),
+    ("What does it break, and where?", "flips", [REFINE]),
     (
-        "Is it the training to refine, or just the training?",
+        "And with little diversity?",
+        "flips",
+        [
+            f"{SAMPLE} qwen-1.5b --temperature 0.3 --out runs/cold.candidates.jsonl",
+            "python refine.py --model qwen-1.5b --candidates runs/cold.candidates.jsonl",
+        ],
+    ),
+    ("How many candidates should it see?", "by_shown", [f"{REFINE} --shown 4 --out runs/four.refined.jsonl"]),
+    ("Do more rounds help?", "rounds", [f"{REFINE} -k 4 --rounds 3 --out runs/again.refined.jsonl"]),
+    ("Does the order of the candidates matter?", "order", [f"{REFINE} -k 4 --out runs/orders.refined.jsonl"]),
+    ("And the temperature?", "to_first", [f"{REFINE} --temperature 0 --out runs/greedy.refined.jsonl"]),
+    ("And candidates that were cut off?", "to_first", [f"{REFINE} --skip-cut-off --out runs/whole.refined.jsonl"]),
+    ("What does the teacher itself score?", "methods", [f"{SAMPLE} qwen-7b --out runs/teacher.candidates.jsonl"]),
+    (
+        "Would training on solving alone, for as many steps, do as well?",
         "to_first",
-        "train.py --model qwen-1.5b --solve s.candidates.jsonl --steps 100 --out runs/solving",
+        [
+            SOLVING,
+            f"{SAMPLE} runs/solving --out runs/solving.candidates.jsonl",
+            "python refine.py --model runs/solving --candidates runs/solving.candidates.jsonl",
+        ],
     ),
 ]
 
 
-def checklist(rows):
-    """A table of CHECKLIST, for report.md."""
-    lines = [["question", "in `report.json`", "here", "command"]]
-    for question, key, command in CHECKLIST:
-        here = sum(bool(row[key]) for row in rows)
-        lines.append([question, f"`{key}`", f"{here} of {len(rows)} rows" if here else "-", f"`python {command}`"])
-    return "Questions of a reviewer", lines, "give the file that a command makes beside the others"
+def checklist():
+    """A table of CHECKLIST, for report.md and the README."""
+    lines = [["question", "in report.json", "what makes a file that shows it"]]
+    for question, key, made_by in CHECKLIST:
+        lines.append([question, f"`{key}`", "; ".join(f"`{command}`" for command in made_by)])
+    return "Questions of a reviewer", lines, "give the files to evaluate.py, beside the first; with your model and data"
 
 
 def as_text(title, lines, note, width=100):
@@ -243,6 +255,12 @@ def as_text(title, lines, note, width=100):
         padded = (other.rjust(size) for other, size in zip(others, widths[1:]))
         text.append((" " * gap).join([shorten(name, widths[0]).ljust(widths[0]), *padded]).rstrip())
     return "\n".join([*text, *textwrap.wrap(f"({note})", width)])
+
+
+def say(*parts, sep="\n"):
+    """Print texts, with a ? for what this terminal cannot show."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(sep.join(parts).encode(encoding, "replace").decode(encoding))
 
 
 def as_markdown(title, lines, note):
@@ -307,7 +325,7 @@ def notes(rows, scaling, stuck, limit):
                 text.append(rf"{what}: the model does not put it in a box, \boxed{{...}}, so that grading sees none.")
         if row["sampled"] < row["n"]:
             what = f"{name}: until the vote was decided, {row['sampled']:.1f} candidates a problem were sampled"
-            text.append(f"{what} of {row['n']} at most; pass@k and maj@k are of the first wave, which all have.")
+            text.append(f"{what} of {row['n']} at most; pass@k and maj@k are of the first ones, which all have.")
         if row["left_out"]:
             what = f"{name}: {row['left_out']:.1%} of the candidates that were drawn are not in the refinement prompts"
             text.append(f"{what}: empty, or (--skip-cut-off) cut off or without an answer.")

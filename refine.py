@@ -6,11 +6,11 @@
 
 The second stage of parallel self-refinement, and the whole idea of the method: a vote can only choose
 among the answers that are there, a refinement can take steps from several candidates, or find all of
-them wrong. The candidates come from sample.py, of this model or another. Read `REFINE_PROMPT` and its
-notes, then `order_and_cut`, `refine_once` and `main`.
+them wrong. The candidates come from sample.py, of this model or another. Read `REFINE_PROMPT` and
+the reasons for each of its sentences, then `draw_order`, `order_and_cut`, `refine_round` and `main`.
 
 With --rounds the refinements of a round are the candidates of the next, as in recursive self-aggregation: --k of
-them, each from --shown that are drawn. The first round is x.refined.jsonl, the second x.round2.refined.jsonl, ...,
+them, each of --shown that are drawn. The first round is x.refined.jsonl, the second x.round2.refined.jsonl, ...,
 each a refined file that also holds the rounds before it.
 """
 
@@ -61,12 +61,12 @@ def refinement_message(problem, candidates):
     """
     if not candidates:
         return SOLVE_PROMPT.format(problem=problem)
-    shown = "\n\n".join(f"Candidate {i}:\n{text}" for i, text in enumerate(candidates, 1))
-    return REFINE_PROMPT.format(n=len(candidates), problem=problem, candidates=shown)
+    numbered = "\n\n".join(f"Candidate {i}:\n{text}" for i, text in enumerate(candidates, 1))
+    return REFINE_PROMPT.format(n=len(candidates), problem=problem, candidates=numbered)
 
 
-def drawn(row, key, shown):
-    """`shown` of a row's candidates (None: all), in an order; their indices depend on `key` alone."""
+def draw_order(row, key, shown):
+    """The indices of so many of a row's candidates (None: all), in an order; they depend on `key` alone."""
     return [int(i) for i in np.argsort(uniforms(key, len(row["candidates"])), kind="stable")][:shown]
 
 
@@ -134,27 +134,28 @@ def read_candidates(path, *more_keys):
     return rows
 
 
-def refine_once(args, out, rows, number, sampler, made_by, record):
+def refine_round(args, out, rows, number, sampler, made_by, record):
     """One round: refine the candidates of `rows` and write them to `out`; the round before is in their "rounds"."""
     context = sampler.model.config.context
     reserve = min(sampler.params.max_new_tokens, context // 2)  # tokens kept for the refinement, never over half
-    again = (number,) if number > 1 else ()  # the later rounds draw other random numbers
+    of_round = (number,) if number > 1 else ()  # the later rounds draw other random numbers
     prompts, requests = [], []  # of each row, for each of its k refinements
     for row in rows:
         source = {**row, "candidates": row["rounds"][-1]} if number > 1 else row
         prompts.append([])
         for j in range(args.k):
             # Shuffled: models prefer some places in a list, and training on one order would teach that place.
-            order = drawn(source, (args.seed, str(row["id"]), "order", j, *again), args.shown)
-            shown = {"drawn": len(order)}
+            order = draw_order(source, (args.seed, str(row["id"]), "order", j, *of_round), args.shown)
+            n_drawn = len(order)
             if args.skip_cut_off:
                 order = [i for i in order if ended(source["candidates"][i], prompt_of(source, i))]
             try:
                 text, ids, order = refinement_prompt(source, order, sampler.tokenizer, context, reserve)
             except InputError as e:
                 raise InputError(f"--candidates {args.candidates}, {e}")
-            prompts[-1].append(({**shown, "order": order, "prompt": text, "n_prompt_tokens": len(ids)}, ids))
-        keys = [(args.seed, str(row["id"]), "refine", j, *again) for j in range(args.k)]
+            shown = {"drawn": n_drawn, "order": order, "prompt": text, "n_prompt_tokens": len(ids)}
+            prompts[-1].append((shown, ids))
+        keys = [(args.seed, str(row["id"]), "refine", j, *of_round) for j in range(args.k)]
         requests.append([(ids, [key]) for (_, ids), key in zip(prompts[-1], keys)])
 
     def finish(i, answers, row):
@@ -169,8 +170,8 @@ def main(argv=None):
     parser.add_argument("--model", default="tiny", help="short name (see hub.py), hub id or folder (default: tiny)")
     parser.add_argument("--candidates", required=True, metavar="FILE", help="made by sample.py")
     parser.add_argument("-k", "--k", type=int, default=1, help="refinements a problem, each in an order of its own (1)")
-    parser.add_argument("--shown", type=int, metavar="S", help="candidates a refinement sees, drawn (default: all)")
-    parser.add_argument("--rounds", type=int, default=1, help="refine the refinements again: rounds (default: 1)")
+    parser.add_argument("--shown", type=int, metavar="S", help="candidates that a refinement sees (of fewer: all)")
+    parser.add_argument("--rounds", type=int, default=1, help="times to refine, each time those of before (default: 1)")
     skip = "show no candidates that were cut off or have no answer"
     parser.add_argument("--skip-cut-off", action="store_true", help=skip)
     parser.add_argument("--limit", type=int, help="only the first so many problems")
@@ -200,7 +201,7 @@ def main(argv=None):
     rows = [{key: row[key] for key in row if key not in ("rounds", "refinements")} for row in rows]  # of an earlier run
     for number, path in enumerate(outs, 1):
         record = {"data": args.candidates, "candidates_by": by, "parameters": parameters, "seconds_before": seconds}
-        refine_once(args, path, rows, number, sampler, made_by, record)
+        refine_round(args, path, rows, number, sampler, made_by, record)
         if number < len(outs):
             rows, done = read_jsonl(path), read_json(meta_path(path))
             for row in rows:

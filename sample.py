@@ -147,7 +147,7 @@ def announce(out, rows, there, todo, where):
 class Progress:
     """A bar over the tokens of all processes: of prompts, and of samples, expected as long as those that have ended.
 
-    `add` sums over the processes: what is expected and finished samples at once, token counts once a second.
+    `add` sums over the processes: what is expected and finished samples as they come, token counts once a second.
     """
 
     def __init__(self, name, longest, add, disable):
@@ -168,13 +168,13 @@ class Progress:
         if time.time() - self.told_at < 1 and not last:
             return False
         read = self.add("read", stats.prompt_tokens - self.told.prompt_tokens)
-        drawn = self.add("drawn", stats.generated - self.told.generated)
+        generated = self.add("generated", stats.generated - self.told.generated)
         going = self.add("going", stats.running - self.told.running)
         self.told, self.told_at = dataclasses.replace(stats), time.time()
-        to_sample = self.add("to sample", 0)
+        to_sample = self.add("to sample", 0)  # of all processes
         self.bar.total = self.add("to read", 0) + to_sample * (length // n if n else self.longest)
         self.bar.set_postfix_str(f"{n}/{to_sample} samples, {going} in flight", refresh=False)
-        self.bar.update(min(read + drawn, self.bar.total) - self.bar.n)
+        self.bar.update(min(read + generated, self.bar.total) - self.bar.n)
         return True
 
 
@@ -206,34 +206,34 @@ def sample_rows(args, sampler, requests, finish, step):
         step(stats, finished, done, not answers)
 
 
-def drawn_by(args, sampler):
+def sampling_record(args, sampler):
     """What samples depend on besides their prompts."""
     dtype = sampler.model.model.embed_tokens.weight.dtype
     weights, params = fingerprint(sampler.tokenizer.folder, dtype), dataclasses.asdict(sampler.params)
     return {"weights": weights, "dtype": str(dtype).removeprefix("torch."), "seed": args.seed, "sampling": params}
 
 
-def write_rows(args, out, rows, requests, finish, sampler, made_by, record, left=None):
+def write_rows(args, out, rows, requests, finish, sampler, made_by, record, next_requests=None):
     """Sample what each row asks for and write the finished rows to `out`; what is there already is kept.
 
     `requests[i]` is a list of (prompt token ids, one key for each of its samples) for row number i, and
-    `finish(i, completions, row)` the finished row, from a list of Completions for each request. The meta file says
-    `made_by`, what the output depends on, and `record`. Processes, or groups of --tensor-parallel, share the rows out.
-    What is sampled in waves: `left(i, row)` are the requests of the next one, where `row` (None: nothing) is there.
+    `finish(i, completions, row)` the finished row, from a list of Completions for each request. `made_by` is what the
+    output depends on, so that other values are an error; `record` is only noted. Processes, or groups of
+    --tensor-parallel, share the rows out. In waves: `next_requests(i, row)` are those of the next one for row number i,
+    of which `row` is there (None: nothing), and none when it is complete.
     """
     model, meta, started = sampler.model, meta_path(out), time.time()
-    left, device = left or (lambda i, row: [] if row else requests[i]), model.rope_freq.device
-    made_by = {**made_by, **drawn_by(args, sampler)}
+    device, ask = model.rope_freq.device, next_requests or (lambda i, row: [] if row else requests[i])
+    made_by = {**made_by, **sampling_record(args, sampler)}
     record |= {"model": args.model, "flags": vars(args), "versions": versions()}
     (rank, world, add, wait), share = processes(device, str(out)), args.tensor_parallel
     if share > 1:  # so many processes draw the same samples, and one of them writes
         join(model, share)
-    writes, rank, world = rank % share == 0, rank // share, world // share
-    lead = writes and rank == 0
+    writes, rank, world, lead = rank % share == 0, rank // share, world // share, rank == 0
     output = Output(out, rows, made_by, rank)
     there, before = output.done, read_json(meta) if output.done else {}
     wait()  # nobody writes before all have looked
-    todo = {i: some for i, row in enumerate(rows) if (some := left(i, there.get(row["id"])))}
+    todo = {i: some for i, row in enumerate(rows) if (some := ask(i, there.get(row["id"])))}
     mine = dict(list(todo.items())[rank::world])
     if lead:
         announce(out, rows, there, todo, f"{device}, {made_by['dtype']}")
@@ -260,7 +260,7 @@ def write_rows(args, out, rows, requests, finish, sampler, made_by, record, left
             while mine:
                 progress.expect(mine if writes else {})
                 sample_rows(args, sampler, mine, lambda i, answers: finish(i, answers, there.get(rows[i]["id"])), step)
-                mine = {i: some for i in mine if (some := left(i, there[rows[i]["id"]]))}
+                mine = {i: some for i in mine if (some := ask(i, there[rows[i]["id"]]))}
         except torch.OutOfMemoryError:
             raise InputError(f"the device's memory is full; {out} goes on with a smaller --memory or --batch-size")
         wait()
@@ -334,7 +334,8 @@ def undecided(row, grader):
     """Is the vote of a row's candidates still open, by the criterion of `decided`? No right answer is looked at."""
     answers = [answer_of(candidate, row["prompt"]) for candidate in row["candidates"]]
     votes = Counter(number for number in classes(None, answers, grader) if number >= 0)
-    return not decided(*sorted([0, 0, *votes.values()])[:-3:-1])
+    second, first = sorted([0, 0, *votes.values()])[-2:]
+    return not decided(first, second)
 
 
 def main(argv=None):
@@ -342,7 +343,7 @@ def main(argv=None):
     parser.add_argument("--model", default="tiny", help="short name (see hub.py), hub id or folder (default: tiny)")
     parser.add_argument("--data", default="tiny", help=f"a file, or one of: {', '.join(BENCHMARKS)} (default: tiny)")
     parser.add_argument("-n", "--n", type=int, default=4, help="candidates a problem (default: 4)")
-    adaptive = "in waves of 2, 4, 8, ...; a problem whose vote is decided, at 95%%, gets no more (n at most)"
+    adaptive = "stop where the vote is decided, at 95%%: looked at after 4, 8, 16, ... candidates, up to n"
     parser.add_argument("--adaptive", action="store_true", help=adaptive)
     parser.add_argument("--limit", type=int, help="only the first so many problems")
     parser.add_argument("--out", help="default: runs/MODEL/DATA.candidates.jsonl")
@@ -369,8 +370,10 @@ def main(argv=None):
 
     def next_wave(i, row):
         [(ids, keys)], n = requests[i], len(row["candidates"]) if row else 0
-        more = torch.tensor(float(n < args.n and (n < 2 or undecided(row, grader))), device=device)
-        return [(ids, keys[n : max(2, 2 * n)])] if sampler.model.agree(more) else []
+        more = n < args.n and (n < 4 or undecided(row, grader))  # fewer than four votes decide nothing
+        # Grading has a time limit, so that processes that share a model might judge apart: then none goes on.
+        more = sampler.model.agree(torch.tensor(float(more), device=device))
+        return [(ids, keys[n : max(4, 2 * n)])] if more else []
 
     grader, device, made_by = Grader(), sampler.model.rope_freq.device, {"n": args.n, "adaptive": args.adaptive or None}
     waves = next_wave if args.adaptive else None

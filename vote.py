@@ -1,7 +1,7 @@
 """Votes of candidates, for classes of equal answers: evaluate.py and route.py count them, sample.py stops by them.
 
 A class is a set of answers that mean the same (1/2 = 0.5). Class 0 is right, the others are wrong; -1 is a candidate
-without an answer, -2 one that was never sampled: neither casts a vote.
+without an answer, -2 one that `sample.py --adaptive` did without: neither casts a vote.
 """
 
 import itertools
@@ -20,7 +20,7 @@ def canonical(answer):
 
 
 def distinct(answers, more=()):
-    """The answers that are not plainly equal, by what stands for them; in an order that is not the candidates'."""
+    """{what stands for an answer: the answer}, of those not plainly equal; sorted, whatever order they come in."""
     found = {}
     for answer in itertools.chain(*(sorted(set(group) - {None}) for group in (answers, more))):
         found.setdefault(canonical(answer), answer)
@@ -40,19 +40,19 @@ def classes(gold, answers, grader, more=()):
         if grader.equal(gold, answer):
             number[key] = 0
             continue
-        same = (i for i, m in enumerate(members, 1) if grader.equal(m, answer) or grader.equal(answer, m))
-        number[key] = next(same, len(members) + 1)
+        equal = (i for i, m in enumerate(members, 1) if grader.equal(m, answer) or grader.equal(answer, m))
+        number[key] = next(equal, len(members) + 1)
         if number[key] > len(members):
             members.append(answer)
     return [-1 if a is None else number[canonical(a)] for a in (*answers, *more)]
 
 
 def class_sums(votes, weights):
-    """votes [..., N] class numbers, weights [..., N] -> [..., classes], what each class gets; -1 gets nothing."""
+    """votes [..., N] class numbers, weights [..., N] -> [..., classes], what each class gets; below 0 nothing."""
     *shape, N = votes.shape
     flat, width = votes.reshape(-1, N), max(int(votes.max()), 0) + 1
-    row, _ = cast = (flat >= 0).nonzero()
-    sums = np.bincount(row * width + flat[cast], weights.reshape(-1, N)[cast], minlength=len(flat) * width)
+    cast = (flat >= 0).nonzero()  # rows, and which candidates of them
+    sums = np.bincount(cast[0] * width + flat[cast], weights.reshape(-1, N)[cast], minlength=len(flat) * width)
     return sums.reshape(*shape, width)
 
 
@@ -88,7 +88,7 @@ def decided(first, second):
     """May sampling stop, when the leading answer has `first` votes and the next one `second`?
 
     The Beta criterion of Adaptive-Consistency (arXiv 2305.11860): the leader's share of the votes for these two,
-    anything between 0 and 1 before the first vote, is above one half with a probability of more than 95%. That is
+    uniform on [0, 1] before the first vote, is above one half with a probability of more than 95%. That is
     the probability of at most `first` heads in first + second + 1 tosses of a coin.
     """
     tosses = first + second + 1

@@ -250,6 +250,7 @@ def outcome_arrays(N, K):
         "refined_prompt_tokens": np.full(K, 30.0),
         "copied": np.zeros(K),
         "drawn": np.full(K, float(N)),
+        "left_out": np.zeros(K),
         "rounds_tokens": np.zeros((0, 0)),
         "rounds_prompt_tokens": np.zeros((0, 0)),
         "order": order.astype(np.int16),
