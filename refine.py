@@ -123,10 +123,11 @@ def read_candidates(path, *more_keys):
     """The rows of a candidates file, of sample.py or of another program: candidates need no more than a text."""
     rows = read_jsonl(path, keys=("id", "problem", "candidates", *more_keys))
     for number, row in enumerate(rows):
-        where, candidates = f"{path}, id {row['id']!r}", row["candidates"]
-        texts = candidates if isinstance(candidates, list) else [None]
-        if not texts or not all(isinstance(c, dict) and isinstance(c.get("text"), str) for c in texts):
-            raise InputError(f"{where}: no candidates with a text; make them with sample.py")
+        where, rounds = f"{path}, id {row['id']!r}", row.get("rounds") or []
+        for some in (row["candidates"], *(rounds if isinstance(rounds, list) else [rounds])):
+            texts = some if isinstance(some, list) else [None]
+            if not texts or not all(isinstance(c, dict) and isinstance(c.get("text"), str) for c in texts):
+                raise InputError(f"{where}: no candidates with a text; make them with sample.py")
         for key, kinds in (("prompt", str), ("answer", (str, int, float))):
             if row.get(key) is not None and not isinstance(row[key], kinds):
                 raise InputError(f"{where}: its {key} is not a text but {str(row[key])[:40]!r}")

@@ -147,6 +147,7 @@ def read_examples(path, task):
     """The lines of a candidates file (task 0) or a refined file (task 1), checked."""
     lines = refine.read_candidates(path, "answer", *["refinements"][:task])
     for line in lines if task else []:
+        line["candidates"] = (line.get("rounds") or [line["candidates"]])[-1]  # what the last round was made from
         n, found = len(line["candidates"]), line["refinements"]
         for x in found if isinstance(found, list) else [None]:
             good = isinstance(x, dict) and isinstance(x.get("order"), list) and isinstance(x.get("prompt") or "", str)
@@ -163,7 +164,7 @@ def make_rows(lines, task, tokenizer, overlaps, args):
         gold, excluded, texts = gold_answer(line["answer"]), overlaps(line["problem"]), set()
         if task:
             problem["candidates"] = line["candidates"]
-            answers = [answer_of(candidate, problem["prompt"]) for candidate in line["candidates"]]
+            answers = (answer_of(x, refine.prompt_of(line, i)) for i, x in enumerate(line["candidates"]))
             right = [grader.equal(gold, answer) for answer in answers]
         for number, completion in enumerate(line["refinements" if task else "candidates"]):
             answer = answer_of(completion, (completion.get("prompt") or "") if task else problem["prompt"])
@@ -759,13 +760,12 @@ def run(args, overlaps, device, dtype):
         other = f"refines candidates of another model ({by}) than {args.model} ({student})"
         raise InputError(f"--refine {paths[1]}: {other}; {advice}")
     tokenizer = Tokenizer(source, read_config(source))
-    rank, world, _, _ = processes(device, f"train {out}")
+    rank, world, *_ = processes(device, f"train {out}")
     # One process reads and grades: two that grade by themselves might not agree on a slow answer.
     box = [read_rows(paths, tokenizer, overlaps, args)] if rank == 0 else [None]
     if world > 1:
         dist.broadcast_object_list(box)
-    rows, held, counts = box[0]
-    process = Process(device, dtype, rank, world)
+    (rows, held, counts), process = box[0], Process(device, dtype, rank, world)
     content = [[[row.task, row.prompt, row.completion] for row in part] for part in (rows, held)]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     made_by = {"student": student, "rows": digest, "dtype": str(process.dtype).removeprefix("torch.")}

@@ -15,6 +15,7 @@ import evaluate
 import model as m
 import refine
 import sample
+import train
 from files import InputError, Output, meta_path, read_json, read_jsonl
 from vote import decided
 
@@ -169,6 +170,33 @@ def test_a_round_goes_on_where_it_was(candidates, random_model, tmp_path):  # no
     refine.main([*command, str(tmp_path / "y.refined.jsonl"), "--batch-size", "1"])
     assert without_last_digits(second) == without_last_digits(tmp_path / "x.round2.refined.jsonl")
     assert meta_path(tmp_path / "y.refined.jsonl").read_bytes() == first
+
+
+def test_training_on_a_later_round(candidates, random_model, tmp_path, monkeypatch):  # noqa: F811
+    """Guards against: orders of refinements read as orders of the first candidates, so that prompts are made up."""
+    command = ["--model", str(random_model), "--candidates", str(candidates), "-k", "3", "--shown", "2"]
+    refine.main([*command, "--rounds", "2", "--max-new-tokens", "12", "--out", str(tmp_path / "x.refined.jsonl")])
+    path, rows = str(tmp_path / "x.round2.refined.jsonl"), []
+    monkeypatch.setattr(train.Grader, "equal", lambda *_: True)  # random models are right about nothing
+    for row in read_jsonl(path):
+        rows.append({**row, "refinements": [{**r, "finish_reason": "stop"} for r in row["refinements"]]})
+    tokenizer = m.Tokenizer(random_model, m.read_config(random_model))
+    with open(path, "w") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    args = train.read_flags(["--model", str(random_model), "--refine", path, "--balance", "1", "1", "1"])
+    args.max_length = 1000
+    made, _ = train.make_rows(train.read_examples(path, 1), 1, tokenizer, lambda text: False, args)
+    assert len(made) > 10
+    for row in made:
+        [line] = [line for line in rows if line["id"] == row.problem["id"]]
+        assert len(row.prompt) == line["refinements"][row.number]["n_prompt_tokens"]
+        before = [evaluate.strip_thinking(line["rounds"][0][i]["text"]) for i in row.order]
+        assert all(text in tokenizer.decode(row.prompt) for text in before)
+    for bad in (5, [5], [[]], [[{"text": 1}]]):
+        with open(path, "w") as file:
+            file.write(json.dumps({**rows[0], "rounds": bad}) + "\n")
+        with pytest.raises(InputError, match="no candidates with a text"):
+            train.read_examples(path, 1)
 
 
 def test_cut_off_candidates_can_be_left_out(random_model, tmp_path):
