@@ -241,7 +241,14 @@ def test_hull_of_each_draw_is_its_own():
 # The router
 
 
-COSTS = [0.0, 3e-4, 1e-3, 3e-3]
+PRICES = [0.0, 3e-4, 1e-3, 3e-3]
+
+
+def choices(router):
+    """The numbers [P, R] of the operators that a router chose, one in each replay."""
+    chosen = np.stack([*router.chosen.values()])  # [O, P, R]
+    assert (chosen.sum(0) == 1).all()
+    return chosen.argmax(0)
 
 
 def test_router_never_reads_the_right_answer(tmp_path, grader):
@@ -260,11 +267,12 @@ def test_router_never_reads_the_right_answer(tmp_path, grader):
     assert (again == folds).all() and (r.right[here] != other.right[here]).mean() > 0.2
     elsewhere = 0
     for kind in range(2):
-        pairs = list(zip(route.route(r, folds, COSTS, kind), route.route(other, folds, COSTS, kind)))
-        for before, after in pairs[: len(COSTS)]:
-            assert before.name == "router" and (before.chosen[here] == after.chosen[here]).all()
-            elsewhere += (before.chosen[~here] != after.chosen[~here]).sum()
-        assert any((before.chosen[here] != after.chosen[here]).any() for before, after in pairs[len(COSTS) :])
+        pairs = list(zip(route.route(r, folds, PRICES, kind), route.route(other, folds, PRICES, kind)))
+        changes = [(choices(before) != choices(after)).any(1) for before, after in pairs]  # [P] each
+        assert all(before.name == "router" for before, _ in pairs[: len(PRICES)])
+        assert not any(moved[here].any() for moved in changes[: len(PRICES)])
+        elsewhere += sum(moved[~here].sum() for moved in changes[: len(PRICES)])
+        assert any(moved[here].any() for moved in changes[len(PRICES) :])
     assert elsewhere > 0  # credits do change what other problems are decided by; without this the test is empty
 
 
@@ -370,14 +378,14 @@ def test_pilot_and_prompts_are_paid_for(tmp_path, grader):
     that a router beats."""
     _, folds, r = replays_of([write(tmp_path / "x.jsonl", some_rows(30))], grader)
     for kind in range(2):
-        found = route.route(r, folds, COSTS, kind)
-        for o, oracle in zip(found[: len(COSTS)], found[len(COSTS) :]):
+        found = route.route(r, folds, PRICES, kind)
+        for o, oracle in zip(found[: len(PRICES)], found[len(PRICES) :]):
             assert (o.tokens[..., 0] >= r.tokens[..., :2].sum(2)).all()
             prompts = o.tokens[..., 1] - o.tokens[..., 0]
             refined = prompts == r.prompt + r.refined_prompt
             assert (refined | (prompts == r.prompt)).all() and (r.prompt > 0).all()
-            gain, most = (x.credit - x.cost * x.tokens[..., kind] for x in (o, oracle))
-            assert o.cost == oracle.cost and (gain <= most + 1e-9).all()
+            gain, most = (x.credit - x.price * x.tokens[..., kind] for x in (o, oracle))
+            assert o.price == oracle.price and (gain <= most + 1e-9).all()
     stops = route.route(r, folds, [9.0], 0)[0]  # where tokens cost too much for anything else
     np.testing.assert_array_equal(stops.tokens[..., 0], r.tokens[..., :2].sum(2))
 
