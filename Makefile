@@ -1,5 +1,6 @@
 # make setup   a virtual environment in .venv with the pinned requirements
 # make demo    the whole method on the built-in tiny model, in minutes on a CPU
+# make questions   what reviewers ask, on the demo's trained model, in about 15 minutes on a CPU
 # make real    the same on a real model, on a GPU if there is one: see the variables below
 # make study   the paper's claims on the built-in tiny models, on three seeds, in about an hour; stopped, it goes on
 # make test    the tests
@@ -35,7 +36,7 @@ TRAIN_FLAGS = --model $(MODEL) --teacher $(TEACHER) --data $(TRAIN) $(if $(LIMIT
 export OMP_WAIT_POLICY ?= PASSIVE
 
 setup: .venv/installed
-.PHONY: setup demo real study test bench bench-gpu
+.PHONY: setup demo questions real study test bench bench-gpu
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -55,6 +56,19 @@ demo: .venv/installed
 	$(PY) sample.py --model $(RUN)/trained --out $(RUN)/after.candidates.jsonl
 	$(PY) refine.py --model $(RUN)/trained --candidates $(RUN)/after.candidates.jsonl
 	$(PY) evaluate.py $(RUN)/before.refined.jsonl $(RUN)/after.refined.jsonl --out $(RUN)
+
+# Of the demo's student: 16 candidates and refinements that see 1 to 16 of them, three rounds, waves, and a router.
+QUESTIONS := $(RUN)/questions
+questions: .venv/installed
+	$(PY) sample.py --model $(RUN)/trained -n 16 $(if $(LIMIT),--limit $(LIMIT)) --out $(QUESTIONS)/all.candidates.jsonl
+	$(PY) sample.py --model $(RUN)/trained -n 16 $(if $(LIMIT),--limit $(LIMIT)) --adaptive --out $(QUESTIONS)/waves.candidates.jsonl
+	for k in 1 2 4 8 16; do $(PY) refine.py --model $(RUN)/trained --candidates $(QUESTIONS)/all.candidates.jsonl \
+		-k 2 --shown $$k --out $(QUESTIONS)/shown$$k.refined.jsonl || exit; done
+	$(PY) refine.py --model $(RUN)/trained --candidates $(QUESTIONS)/all.candidates.jsonl \
+		-k 4 --shown 4 --rounds 3 --out $(QUESTIONS)/rounds.refined.jsonl
+	$(PY) evaluate.py $(foreach k,1 2 4 8 16,$(QUESTIONS)/shown$(k).refined.jsonl) $(QUESTIONS)/rounds.refined.jsonl \
+		$(QUESTIONS)/rounds.round3.refined.jsonl $(QUESTIONS)/waves.candidates.jsonl --out $(QUESTIONS)
+	$(PY) route.py $(RUN)/after.refined.jsonl --out $(QUESTIONS)
 
 real: .venv/installed
 	$(RUN_ON) train.py $(TRAIN_FLAGS) --dry-run

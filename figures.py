@@ -182,26 +182,36 @@ def tables_of(rows, methods):
 
 def lists_of(rows):
     """The tables with several lines for a row, where it has them: by the number of candidates shown, and rounds."""
-    tables = []
-    gap, percent = (lambda line: gap_of(line["gap"])), "{:.1%}".format
     accuracy = {"refined [95%]": lambda line: "{:.1%} [{:.1%}, {:.1%}]".format(line["refined"], *line["ci95"])}
     tokens = {"tokens": lambda line: cell("{:,.0f}", line["tokens"])}
-    if any(line["shown"] != row["n"] for row in rows for line in row["by_shown"] or ()):
-        title = "By the number of candidates shown: k of N"
-        note = "gap: refined - maj@k, paired, in points; tokens: generated a problem, for these k and the refinement"
-        columns = {"k": lambda line: str(line["shown"]), **accuracy, "maj@k": lambda line: percent(line["maj"])}
-        tables.append(("by_shown", title, note, {**columns, "gap [95%]": gap, **tokens}))
-    if any(len(row["rounds"] or ()) > 1 for row in rows):
-        note = "the refinements of a round are the candidates of the next; tokens: generated for one, a problem"
-        columns = {"round": lambda line: str(line["round"]), **accuracy, "gap to maj@N [95%]": gap}
-        columns |= {"their vote": lambda line: percent(line["vote"])}
-        columns |= {"any right": lambda line: percent(line["any_right"])}
-        tables.append(("rounds", "Rounds", note, {**columns, **tokens}))
-    return [
-        (title, [["", *columns], *([row["name"], *(text(line) for text in columns.values())]
-                                   for row in rows for line in row[key] or ())], note)
-        for key, title, note, columns in tables
-    ]  # fmt: skip
+    shown = {
+        "k": lambda line: str(line["shown"]),
+        **accuracy,
+        "maj@k": lambda line: f"{line['maj']:.1%}",
+        "gap [95%]": lambda line: gap_of(line["gap"]),
+        **tokens,
+    }
+    rounds = {
+        "round": lambda line: str(line["round"]),
+        **accuracy,
+        "gap to maj@N [95%]": lambda line: gap_of(line["gap"]),
+        "their vote": lambda line: f"{line['vote']:.1%}",
+        "any right": lambda line: f"{line['any_right']:.1%}",
+        **tokens,
+    }
+    of_shown = "gap: refined - maj@k, paired, in points; tokens: generated a problem, for these k and the refinement"
+    of_rounds = "the refinements of a round are the candidates of the next; tokens: generated for one, a problem"
+    lines = [(row["name"], line) for row in rows for line in row["by_shown"] or ()]
+    varied = any(line["shown"] != row["n"] for row in rows for line in row["by_shown"] or ())
+    several = [(row["name"], line) for row in rows if len(row["rounds"] or ()) > 1 for line in row["rounds"]]
+    tables = []
+    for title, note, columns, some in (
+        ("By the number of candidates shown: k of N", of_shown, shown, lines if varied else []),
+        ("Rounds", of_rounds, rounds, several),
+    ):
+        cells = [[name, *(text(line) for text in columns.values())] for name, line in some]
+        tables += [(title, [["", *columns], *cells], note)] if cells else []
+    return tables
 
 
 # What reviewers of refinement ask, where report.json answers it, and what makes a file for evaluate.py that shows it.
@@ -479,7 +489,8 @@ def draw_shown(rows, methods, fig):
         for shown, (_, ends) in points:
             axis.vlines(shown, *ends, color=BLUE, linewidth=1.2)
         axis.plot([x for x, _ in points], [y for _, (y, _) in points], "D-", color=BLUE, label="refined")
-        axis.set(title=shorten(", ".join(row["name"] for row in some), 40), xlabel="candidates, or shown of them: k")
+        title = shorten(first["name"], 28) + (f" and {len(some) - 1} more" if len(some) > 1 else "")
+        axis.set(title=title, xlabel="candidates, or shown of them: k")
         axis.xaxis.get_major_locator().set_params(integer=True)
 
 
