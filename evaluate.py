@@ -207,7 +207,7 @@ def read_problem(row, where):
     if isinstance(row.get("answer"), (list, dict)):
         raise InputError(f"{where}: its answer is no text but {reprlib.repr(row['answer'])}")
     N, R, M = row.get("adaptive") or len(candidates), len(rounds), len(rounds[0]) if rounds else 0
-    if type(N) is not int or N < len(candidates):
+    if type(N) is not int or not len(candidates) <= N <= 10_000:
         raise InputError(f"{where}: 'adaptive' is {N!r}, not the most candidates that it could have")
     earlier = [item for some in rounds for item in some]
     texts = [strip_thinking(item["text"], str(row.get("prompt") or "")) for item in candidates]
@@ -242,7 +242,8 @@ def what_was_shown(refinements, texts, sources, width, where):
     for k, (refinement, text) in enumerate(zip(refinements, texts)):
         shown = refinement.get("order")
         if shown is not None:
-            if not isinstance(shown, list) or not all(i in range(n) and shown.count(i) == 1 for i in shown):
+            good = isinstance(shown, list) and all(type(i) is int and 0 <= i < n for i in shown)
+            if not good or len(set(shown)) < len(shown) or len(shown) > drawn[k]:
                 raise InputError(f"{where}: the order {reprlib.repr(shown)} is not one of its {n} candidates")
             order[k, : len(shown)], left_out[k] = shown, 1 - len(shown) / drawn[k]
         # Nobody copies a candidate that is all thought: no prompt shows it.
@@ -435,11 +436,11 @@ def equal_cost(x, maj_at_k):
     curve flattens; there is no credit beyond k = 2 M.
     """
     most, found = maj_at_k.shape[1], {}
-    a_candidate = max(x.tokens.sum() / sampled(x).sum(), 1)
+    a_candidate = max(one_candidate(x).mean(), 1)
     generated = one_refinement(x).mean()
     prompts = (x.rounds_prompt_tokens.sum((2, 3)) + x.refined_prompt_tokens.mean(-1)).mean()
     for name, cost in (("generated", generated), ("with_prompts", generated + prompts)):
-        k = cost / a_candidate
+        k = max(cost / a_candidate, 1)
         found[name] = {"k": float(k) if np.isfinite(k) else None}
         if k <= most:  # between two whole numbers, in a straight line
             low = math.floor(k)
@@ -567,7 +568,7 @@ def by_shown(x, maj_at):
         voted = maj_at[:, these, shown - 1].mean(0)
         line = {"shown": shown, "problems": int(these.sum()), **with_interval("refined", refined)}
         line |= {"maj": mean(voted), "gap": with_interval("points", refined - voted)}
-        found.append({**line, "tokens": mean(shown * x.tokens.mean() + x.refined_tokens[at].mean())})
+        found.append({**line, "tokens": mean(shown * x.tokens[:, these].mean() + x.refined_tokens[at].mean())})
     return found
 
 
@@ -577,18 +578,16 @@ def by_round(x, maj):
     rounds = [(x.rounds[:, :, r], x.rounds_tokens[:, :, r]) for r in range(x.rounds.shape[2])]  # [S, P, M] each
     for number, (votes, tokens) in enumerate([*rounds, (x.refined, x.refined_tokens)], 1):
         refined = (votes == 0).mean((0, 2))  # [P]
+        cost = spent + tokens.mean(2) if number <= len(rounds) else one_refinement(x)
         line = {"round": number, **with_interval("refined", refined)}
         line |= {"gap": with_interval("points", refined - maj.mean(0)), "vote": mean(vote(votes))}
-        found.append({**line, "any_right": mean((votes == 0).any(2)), "tokens": mean(spent + tokens.mean(2))})
+        found.append({**line, "any_right": mean((votes == 0).any(2)), "tokens": mean(cost)})
         spent = spent + tokens.sum(2)
     return found
 
 
 def to_first(read, outcomes):
-    """Paired differences of each row to the first, None where they are not about the same problems.
-
-    `read` has the files of each row, as read_file gives them, and `outcomes` the Outcomes of each row.
-    """
+    """Paired differences of each row's Outcomes to the first's; None where its files, `read`, have other problems."""
     first, keys, found = outcomes[0], [(i, problem["answer"]) for i, problem in read[0][0].items()], [None]
     for x, (problems, *_) in zip(outcomes[1:], read[1:]):
         place = {(i, problem["answer"]): at for at, (i, problem) in enumerate(problems.items())}

@@ -28,7 +28,8 @@ def details(item, tokens, logprob, certainty):
     """The last cells of a candidate or refinement in `evaluate.py --show`."""
     mean_logprob = None if None in (tokens, logprob) else logprob / max(tokens, 1)
     known = [cell("{:.0f}", tokens), cell("{:.2f}", mean_logprob), cell("{:.2f}", certainty)]
-    return [*known, str(item.get("finish_reason") or "-")[:12], " ".join(map(str, item.get("order") or []))]
+    order = item["order"] if isinstance(item.get("order"), list) else []
+    return [*known, str(item.get("finish_reason") or "-")[:12], " ".join(map(str, order))]
 
 
 def cell(layout, *values):

@@ -157,7 +157,7 @@ class Operator:
 
 def running_votes(r):
     """Replays -> the vote after each candidate: credit, first and second most votes [P, R, N], tokens [P, R, N, 2]."""
-    member = r.classes[..., None] == np.arange(1, r.classes.shape[2] + 1)  # [P, R, N, C] is this candidate of class C?
+    member = r.classes[..., None] == np.arange(1, max(2, r.classes.max()) + 1)  # [P, R, N, C] of this class?
     votes = member.cumsum(2, dtype=np.int16)  # [P, R, N, C] of the candidates up to this one
     right = (member & r.right[..., None]).cumsum(2, dtype=np.int16)
     *_, second, first = np.moveaxis(np.sort(votes, 3), 3, 0)
@@ -178,8 +178,8 @@ def operators(r, least=1):
     sizes = {N, *(k for k in range(1, N + 1) if N <= 8 or k in (2**i * j for i in range(N) for j in (1, 3)))}
     names = {k: f"vote of {k}" if k > 1 else "one sample" for k in sorted(sizes) if k >= least}
     found = [Operator(name, credit[..., k - 1], spent[:, :, k - 1]) for k, name in names.items()]
-    stops = np.array([[decided(a, b) for b in range(N + 1)] for a in range(N + 1)])[first, second]  # [P, R, N]
-    stops[..., -1] = True
+    enough = [[b <= a and a + b <= N and decided(a, b) for b in range(N + 1)] for a in range(N + 1)]
+    stops = np.array(enough)[first, second] | (np.arange(N) == N - 1)  # [P, R, N]
     stop, drawn = np.maximum(stops.argmax(2) + 1, least), np.maximum(r.drawn, least)  # [P, R]
     found.append(Operator("adaptive vote", after(credit, stop), after(spent, stop)))
     refined = np.stack([r.refined_tokens, r.refined_tokens + r.refined_prompt], 2)  # [P, R, 2]

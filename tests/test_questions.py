@@ -47,10 +47,14 @@ def test_refinements_by_the_number_shown(tmp_path):
     assert line["gap"]["points"] == pytest.approx(refined - voted)
     assert line["gap"]["ci95"][0] < line["gap"]["points"] < line["gap"]["ci95"][1]
     assert row["methods"]["refined"]["tokens"] == 27 and row["methods"]["union"]["tokens"] == 60 + 21
-    assert row["equal_cost"]["generated"]["k"] == pytest.approx(2.7)
+    assert row["equal_cost"]["generated"]["k"] == pytest.approx(2.7) and row["rounds"][0]["tokens"] == 27
     assert row["left_out"] == pytest.approx(1 / 6) and [n for _, n in row["order"]["at_place"]][0] > 0
     note = "x: 16.7% of the candidates that were drawn are not in the refinement prompts"
     assert note in (tmp_path / "out" / "report.md").read_text()
+    for bad in ([0, True], [0, 1, 2], [0, 0], 5):  # of two that were drawn
+        rows[0]["refinements"][0]["order"] = bad
+        with pytest.raises(InputError, match="id 0: the order .* is not one of its 6 candidates"):
+            report_of(tmp_path, write_rows(tmp_path / "y.jsonl", rows))
     for bad in (0, 7, 1.5):
         rows[0]["refinements"][0]["drawn"] = bad
         with pytest.raises(InputError, match=f"id 0: its refinements were drawn .{float(bad)}"):
@@ -151,10 +155,35 @@ def test_a_file_of_waves(tmp_path):
     assert "x: until the vote was decided, 4.5 candidates a problem were sampled of 8 at most" in written
     assert (tmp_path / "out" / "frontier.png").exists()
     problem = {"id": 9, "problem": "?", "answer": "1"}
-    for value in (1, True, "8"):
+    for value in (1, True, "8", 10**9):  # the last one would be padded to gigabytes
         bad = write_rows(tmp_path / "bad.jsonl", [{**problem, "adaptive": value, "candidates": [text("1")] * 2}])
         with pytest.raises(InputError, match="id 9: 'adaptive' is .*, not the most candidates"):
             report_of(tmp_path, bad)
+
+
+def test_waves_of_problems_that_differ_in_length(tmp_path):
+    """Guards against: a cost counted by the tokens of the problems with the most candidates, so that k is below 1."""
+    rows = []
+    for i, (n, tokens) in enumerate([(64, 200), *[(4, 5)] * 5]):
+        row = {"id": i, "problem": "?", "answer": "1", "adaptive": 64, "candidates": [text("1", tokens)] * n}
+        rows.append({**row, "refinements": [text("1", 5, drawn=1, order=[0])]})
+    [row] = report_of(tmp_path, write_rows(tmp_path / "x.jsonl", rows))["rows"]
+    mean_tokens = (200 + 5 * 5) / 6
+    assert row["equal_cost"]["generated"]["k"] == pytest.approx((mean_tokens + 5) / mean_tokens)
+
+
+def test_files_that_say_no_more_than_they_must(tmp_path, capsys):
+    """Guards against: candidates taken for left out where a file does not say what was shown; keys that others use."""
+    rows = [refined_row(i, ["1", "2"], ["1"]) for i in range(3)]
+    for row in rows:
+        del row["refinements"][0]["order"]
+        row["candidates"][0]["order"], row["rounds"] = 5, None
+    path = write_rows(tmp_path / "x.jsonl", rows)
+    [row] = report_of(tmp_path, path)["rows"]
+    assert row["left_out"] is None and "not in the refinement prompts" not in (tmp_path / "out/report.md").read_text()
+    assert row["copied"] == 1.0
+    e.main(["--show", "1", path])
+    assert "candidate 0" in capsys.readouterr().out
 
 
 def test_rows_beside_the_first(tmp_path):
