@@ -774,7 +774,7 @@ def main(argv=None):
     parser.add_argument("--out", default=".", help="folder for report.json, report.md, figures and grades.jsonl")
     parser.add_argument("--time-limit", type=float, default=5.0, help="seconds for one comparison (default: 5)")
     parser.add_argument("--show", metavar="ID", help="show one problem of one file, and stop")
-    group = parser.add_argument_group("suite (all other flags are given to sample.py and refine.py)")
+    group = parser.add_argument_group("suite (flags of sampling and machine are given to sample.py and refine.py)")
     group.add_argument("--suite", help=f"sample, refine and report: {', '.join(SUITES)}, or sets and files with commas")
     group.add_argument("--model", default="tiny", help="short name, hub id or folder (default: tiny)")
     group.add_argument("-n", "--n", type=int, default=8, help="candidates a problem (default: 8)")
