@@ -50,6 +50,7 @@ def shorten(name, width):
 
 
 def of_how_many(found, way):
+    """One of the pairs [how many, of how many] in `found`, with a dash where that is not known."""
     return "{:.4g} / {:.4g}".format(*(round(x, 1) for x in found[way])) if found else "-"
 
 
@@ -115,7 +116,7 @@ TABLES = [
         "wrong → right: problems that the refinement gets right, of those that the vote gets wrong; right → wrong: "
         "problems that it gets wrong, of those that the vote solves; a tied vote is neither; one more: what the last "
         "candidate does to the vote of those before it, on average over which is the last; copied: refinements whose "
-        "text, without thoughts, is that of one of the candidates",
+        "text, without thoughts, is that of one of the candidates that they saw",
         {
             "wrong → right": lambda row: of_how_many(row["flips"], "wrong_to_right"),
             "right → wrong": lambda row: of_how_many(row["flips"], "right_to_wrong"),
@@ -218,7 +219,6 @@ def lists_of(rows):
 # What reviewers of refinement ask, where report.json answers it, and what makes a file for evaluate.py that shows it.
 SAMPLE = "python sample.py --data gsm8k -n 8 --model"
 REFINE = "python refine.py --model qwen-1.5b --candidates runs/g.candidates.jsonl"
-SOLVING = "python train.py --model qwen-1.5b --solve s.candidates.jsonl --steps 100 --out runs/solving"
 CHECKLIST = [
     ("Is it better than a vote that costs as much?", "equal_cost", [REFINE]),
     ("What does it break, and where?", "flips", [REFINE]),
@@ -240,7 +240,7 @@ CHECKLIST = [
         "Would training on solving alone, for as many steps, do as well?",
         "to_first",
         [
-            SOLVING,
+            "python train.py --model qwen-1.5b --solve s.candidates.jsonl --steps 100 --out runs/solving",
             f"{SAMPLE} runs/solving --out runs/solving.candidates.jsonl",
             "python refine.py --model runs/solving --candidates runs/solving.candidates.jsonl",
         ],

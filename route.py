@@ -221,9 +221,9 @@ def expectations(bins, features, values, folds):
     return expected
 
 
-def route(r, folds, prices, kind):
-    """Replays -> the routers for all prices of a token, of the kind 0 or 1, and then the oracle routers."""
-    options, found = operators(r, least=2), []
+def route(r, options, folds, prices, kind):
+    """Replays -> routers among these operators for all prices of a token of kind 0 or 1, and then oracle routers."""
+    found = []
     credit = np.stack([option.credit for option in options], 2)  # [P, R, O]
     tokens = np.stack([option.tokens for option in options], 2)  # [P, R, O, 2]
     values = np.concatenate([credit, tokens[..., kind]], 2)  # [P, R, 2 * O]
@@ -335,9 +335,9 @@ def main(argv=None):
     r = replay(outcomes, seen, orders, which)
     # Prices of a token: from 0 to where one more candidate of the usual length must earn 0.3 of a problem.
     prices = [0.0, *(float(f"{price:.2g}") for price in np.geomspace(3e-4, 0.3, 12) / r.tokens.mean())]
-    fixed, points = operators(r), []
+    fixed, options, points = operators(r), operators(r, least=2), []
     for kind, what in enumerate(KINDS.values()):
-        found = compare(fixed + route(r, folds, prices, kind), len(fixed), kind, args.seed)
+        found = compare(fixed + route(r, options, folds, prices, kind), len(fixed), kind, args.seed)
         say("", *table(found, what))
         points += found
     write_json(out / "budget.json", {"points": points, "files": paths, "seed": args.seed, "replays": orders.shape[2]})

@@ -244,6 +244,10 @@ def test_hull_of_each_draw_is_its_own():
 PRICES = [0.0, 3e-4, 1e-3, 3e-3]
 
 
+def routers(r, folds, prices, kind):
+    return route.route(r, route.operators(r, least=2), folds, prices, kind)
+
+
 def choices(router):
     """The numbers [P, R] of the operators that a router chose, one in each replay."""
     chosen = np.stack([*router.chosen.values()])  # [O, P, R]
@@ -267,7 +271,7 @@ def test_router_never_reads_the_right_answer(tmp_path, grader):
     assert (again == folds).all() and (r.right[here] != other.right[here]).mean() > 0.2
     elsewhere = 0
     for kind in range(2):
-        pairs = list(zip(route.route(r, folds, PRICES, kind), route.route(other, folds, PRICES, kind)))
+        pairs = list(zip(routers(r, folds, PRICES, kind), routers(other, folds, PRICES, kind)))
         changes = [(choices(before) != choices(after)).any(1) for before, after in pairs]  # [P] each
         assert all(before.name == "router" for before, _ in pairs[: len(PRICES)])
         assert not any(moved[here].any() for moved in changes[: len(PRICES)])
@@ -378,7 +382,7 @@ def test_pilot_and_prompts_are_paid_for(tmp_path, grader):
     that a router beats."""
     _, folds, r = replays_of([write(tmp_path / "x.jsonl", some_rows(30))], grader)
     for kind in range(2):
-        found = route.route(r, folds, PRICES, kind)
+        found = routers(r, folds, PRICES, kind)
         for o, oracle in zip(found[: len(PRICES)], found[len(PRICES) :]):
             assert (o.tokens[..., 0] >= r.tokens[..., :2].sum(2)).all()
             prompts = o.tokens[..., 1] - o.tokens[..., 0]
@@ -386,7 +390,7 @@ def test_pilot_and_prompts_are_paid_for(tmp_path, grader):
             assert (refined | (prompts == r.prompt)).all() and (r.prompt > 0).all()
             gain, most = (x.credit - x.price * x.tokens[..., kind] for x in (o, oracle))
             assert o.price == oracle.price and (gain <= most + 1e-9).all()
-    stops = route.route(r, folds, [9.0], 0)[0]  # where tokens cost too much for anything else
+    stops = routers(r, folds, [9.0], 0)[0]  # where tokens cost too much for anything else
     np.testing.assert_array_equal(stops.tokens[..., 0], r.tokens[..., :2].sum(2))
 
 
