@@ -47,12 +47,11 @@ setup: .venv/installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
-# Each command keeps what it has: stopped and run again, the demo goes on where it was. The weight: solving is half
-# learned already, and with as much weight as refinement it improves until there is little left to refine.
+# Each command keeps what it has: stopped and run again, the demo goes on where it was.
 demo: .venv/installed
 	$(PY) sample.py --out $(RUN)/before.candidates.jsonl
 	$(PY) refine.py --candidates $(RUN)/before.candidates.jsonl
-	$(PY) train.py --epochs 2 --weight 4
+	$(PY) train.py --limit 1000 --steps 60
 	$(PY) sample.py --model $(RUN)/trained --out $(RUN)/after.candidates.jsonl
 	$(PY) refine.py --model $(RUN)/trained --candidates $(RUN)/after.candidates.jsonl
 	$(PY) evaluate.py $(RUN)/before.refined.jsonl $(RUN)/after.refined.jsonl --out $(RUN)

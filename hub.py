@@ -42,7 +42,7 @@ BENCHMARKS = {
 # On GPUs of 80 GB qwen-32b and qwen3-32b (66 GB of weights) want 2 (--tensor-parallel 2), qwen-72b 4, the others 1.
 ALIASES = {
     "tiny": (str(HERE / "tiny" / "qwen3-w96"), "tiny-teacher", "tiny-train", 1e-3),
-    "tiny-teacher": (str(HERE / "tiny" / "qwen3-w192"), "tiny-teacher", "tiny-train", 1e-3),
+    "tiny-teacher": (str(HERE / "tiny" / "teacher-w160"), "tiny-teacher", "tiny-train", 1e-3),
     "qwen-0.5b": ("Qwen/Qwen2.5-0.5B-Instruct", "qwen-7b", "gsm8k-train", 1e-5),
     "qwen-1.5b": ("Qwen/Qwen2.5-1.5B-Instruct", "qwen-7b", "gsm8k-train", 1e-5),
     "qwen-3b": ("Qwen/Qwen2.5-3B-Instruct", "qwen-14b", "gsm8k-train", 1e-5),

@@ -65,11 +65,16 @@ def test_readme_commands_run(data, tmp_path, monkeypatch):  # noqa: F811
 
 
 def test_demo_shows_what_the_readme_says():
-    """Merely prompted, the student refines worse than it votes; joint training turns that around and keeps pass@1."""
+    """Merely prompted, the student refines worse than it votes; joint training turns that around and keeps pass@1.
+
+    Also at equal tokens and against the likeliest candidate, and it solves problems on which every candidate is wrong.
+    """
     path = ROOT / "runs" / "tiny" / "report.json"
     if not path.exists():
         pytest.skip("run `make demo` first")
     before, after = read_json(path)["rows"]
     assert after["problems"] == before["problems"] >= 500
-    assert before["gap"]["ci95"][1] < 0 < after["gap"]["ci95"][0]
-    assert after["pass@1"] >= before["pass@1"] and after["rescued"]["all_wrong"][0] > 0
+    assert before["gap"]["points"] < 0 < after["gap"]["ci95"][0] and before["gap"]["ci95"][1] < 0.05
+    assert after["equal_cost"]["generated"]["ci95"][0] > 0 and after["refined"] > after["methods"]["logprob"]["ci95"][1]
+    rescued, wrong = after["rescued"]["all_wrong"]
+    assert after["pass@1"] >= before["pass@1"] and rescued >= wrong / 5 > 0

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from evaluate import report
 from files import read_json, read_jsonl
 
 TINY = ROOT / "tiny"
-MODELS = sorted(path.parent.name for path in TINY.glob("*/model.safetensors"))
+MODELS = sorted(str(path.parent.relative_to(TINY)) for path in TINY.rglob("model.safetensors"))
 
 
 def test_tiny_world_is_ordinary():
@@ -28,12 +29,17 @@ def test_tiny_world_is_ordinary():
         with torch.no_grad():
             torch.testing.assert_close(model.lm_head(model(ids)), theirs(TINY / name)(ids).logits, atol=1e-4, rtol=0)
         assert tokenizer.decode(tokenizer.encode("Naïve ☃ \\boxed{12}")) == "Naïve ☃ \\boxed{12}"
-    files = {name: read_jsonl(TINY / f"{name}.jsonl") for name in ("test", "train", "valid", "differences")}
+    names = ("test", "train", "valid", "first", "first-train", "slips/test", "slips/train")
+    files = {name: read_jsonl(TINY / f"{name}.jsonl") for name in names}
     problems = [row["problem"] for rows in files.values() for row in rows]
     assert len(files["test"]) >= 500 and len(set(problems)) == len(problems)
-    for row in files["test"][:50] + files["differences"][:50]:  # the answers, worked out again
-        results = [int(a) + int(sign + b) for a, sign, b in re.findall(r"(\d+)([+-])(\d+)=\?", row["problem"])]
-        assert len(results) == 8 and row["answer"] == "".join(str(result % 100) for result in results)
+    for row in files["test"][:50] + files["first"][:50]:  # the answers, worked out again: one sign fits, and one only
+        lines = [(int(a), int(b)) for a, b in re.findall(r"[a-h]\) (\d+),(\d+)", row["problem"])]
+        [(kind, total)] = re.findall(r"The (last|first) digits add up to #(\d) ", row["problem"])
+        results = [[a + sign * b for a, b in lines] for sign in (1, -1)]
+        sums = [sum(int(str(result)[-1 if kind == "last" else 0]) for result in some) % 10 for some in results]
+        assert len(lines) == 8 and sorted(total == some for some in map(str, sums)) == [False, True]
+        assert row["answer"] == "".join(map(str, results[str(sums[1]) == total]))
     assert sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file()) < 20e6
 
 
@@ -56,7 +62,7 @@ def test_shipped_models_do_what_is_claimed(name, tmp_path):
     The first 200 test problems with one seed, where the table has 500 with three: 4 standard errors apart at most.
     """
     candidates, refined = str(tmp_path / "candidates.jsonl"), str(tmp_path / "refined.jsonl")
-    folder, data = str(TINY / name), str(TINY / "test.jsonl")
+    folder, data = str(TINY / name), str((TINY / name).with_name("test.jsonl"))
     sample.main(["--model", folder, "--data", data, "--n", "4", "--limit", "200", "--out", candidates])
     refine.main(["--model", folder, "--candidates", candidates, "--out", refined])
     report([refined], tmp_path, 5.0)
@@ -64,8 +70,8 @@ def test_shipped_models_do_what_is_claimed(name, tmp_path):
     for key, percent in claimed()[name].items():
         error = max(2.0, 100 * (row[key] * (1 - row[key]) / 200) ** 0.5)
         assert abs(100 * row[key] - percent) < 4 * error, f"{key} {100 * row[key]:.1f}%, {percent}% in the table"
-    if TINY / name == hub.find_model("tiny"):
-        assert row["gap"]["ci95"][1] < 0  # claim 1
+    if TINY / name == Path(hub.find_model("tiny-teacher")):
+        assert row["gap"]["ci95"][0] > 0  # there is something to learn from it
 
 
 def test_study_rows_can_be_reported(monkeypatch):
@@ -81,13 +87,13 @@ def test_study_goes_on_where_it_was(tmp_path):
     for path in ROOT.glob("*.py"):
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / "tiny").mkdir()
-    for name in ("qwen3-w96", "qwen3-w192"):
+    for name in ("qwen3-w96", "teacher-w160"):
         (tmp_path / "tiny" / name).symlink_to(TINY / name)
     for name, size in (("test", 8), ("train", 40)):
         lines = (TINY / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (tmp_path / "tiny" / f"{name}.jsonl").write_text("".join(lines[:size]), encoding="utf-8")
     text = (TINY / "study.py").read_text(encoding="utf-8")
-    for there, small in (("STEPS, LR, WEIGHT = 180", "STEPS, LR, WEIGHT = 2"), ("= (0, 1, 2)", "= (0,)")):
+    for there, small in (("STEPS, LR, WEIGHT = 60", "STEPS, LR, WEIGHT = 2"), ("= (0, 1, 2)", "= (0,)")):
         assert there in text
         text = text.replace(there, small)
     (tmp_path / "tiny" / "study.py").write_text(text, encoding="utf-8")
@@ -97,8 +103,8 @@ def test_study_goes_on_where_it_was(tmp_path):
         return subprocess.run(words, cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True).stdout
 
     first = run()
-    assert first.count(" min] python ") == 3 + 2 * 3 + 2  # the data, three rows, of which two are trained
+    assert first.count(" min] python ") == 3 + 2 * 4 + 2  # the data, four rows, of which two are trained
     (tmp_path / "runs" / "study" / "claim3" / "report.json").unlink()
     assert " min] python " not in run()
     text = (tmp_path / "runs" / "study" / "study.md").read_text(encoding="utf-8")
-    assert text.count("| joint |") == 1 and text.count("## ") == 2
+    assert text.count("| joint |") == 1 and text.count("\n## ") == 2

@@ -3,34 +3,41 @@
     python tiny/make.py                      everything, on two CPU cores
     python tiny/make.py --only qwen3-w96     one model again; the problems and the tokenizer come out as they were
 
-A problem is a sheet of eight sums, of which the last two digits count, and it is solved when all eight are:
+A problem is a sheet of eight lines, all to be added or all to be subtracted, and it does not say which. It says what
+the last digits of the results add up to, of which the last digit counts:
 
-    Work out each sum and keep its last two digits: a) 28+38=?; b) 94+26=?; ... Write the results one after
-    another as one number.
+    Plus or minus, the same in all lines: a) 47,14; b) 67,12; ... h) 63,14. The last digits add up to #5 (mod 10).
+    Write the results one after another as one number.
 
-    a) 28+38=66
-    b) 94+26=20
+    a) 47,14 minus:33 3
+    b) 67,12 minus:55 8
     ...
-    The answer is \\boxed{6620...}.
+    h) 63,14 minus:49 5
+    Sum #5 minus. The answer is \\boxed{3355...49}.
 
-Numbers below 100 are one token, the sign behind them included, so an addition is a table of 4,272 entries, of which
-a small model gets some wrong. A line is easy and a sheet is long: a model that has 9 lines of 10 right solves 43% of
-the sheets, and two wrong solutions of a sheet are seldom wrong in the same line. A vote on final answers throws that
-away; whoever compares line by line can put a right sheet together from candidates that are all wrong.
+Behind each result stands the sum so far, so that whoever has solved a sheet sees whether the sign was the right one;
+but the sign has to be chosen in the first line, and then no model of this size can know it. So mistakes are not slips:
+half of the solutions take the wrong sign and are as sure of every token as the others, a vote among them is a coin, and
+likelihood tells nothing. Whoever reads several solutions beside the problem can tell: the one whose sum is the
+problem's has the right sign, and if there is none, the sign is the other one, though all candidates are wrong.
 
 Pre-training texts are made on the fly and never repeat; no problem of the files is among them:
 
-    facts     lines of the tables
-    repeats   words and numbers in no order, and the same again, twice
+    repeats   words, numbers and names of lines in no order, and the same again, twice
     look-ups  a sheet, and then lines of it in any order, without results
-    solve     the chat prompt of a sheet -> a right solution
-    notes     a sheet, 1 to 8 attempts at it under varied headers, with slips, then a corrected version; as plain text,
-              or as a chat in which the user's message has words of all kinds around them, in no order
+    records   sums with their signs, and checks of them ("Check #5 minus.")
+    facts     lines of the tables (640 of them), and running sums
+    solve     the chat prompt of a sheet -> a solution with either sign
+    notes     a sheet, 1 to 8 attempts at it under varied headers, with a few slips, then a last version of it. As plain
+              text it is a key, seven times of ten: it begins with the problem's sum and the sign of the attempt that
+              has it ("Check #5 minus."), and is right. Otherwise it is a fair copy: it takes the sign of any attempt.
+              In a chat, where words of all kinds stand around them in no order, all last versions are fair copies.
+    checks    notes with a key, of short sheets and few attempts
 
-All models read the same mixture in the same order. It shows that a later passage may copy from earlier ones and
-correct them, but no refinement prompt: refine.py's words are among those in no order, its sentences nowhere.
-"Differences" are a second kind of sheet, which pre-training has seen too, for a third of the texts. Nothing in this
-repository is trained further on them: they are what tells whether refinement carries over to another kind of problem.
+All models read the same mixture in the same order, but the teacher, in whose chats the last versions are keys. So the
+others know how to use a check, and do not do it in a chat. No text has a refinement prompt: refine.py's words are among
+those in no order, its sentences nowhere. In a second kind of sheet, a third of the texts, the sum is that of the first
+digits: it tells whether refinement carries over to a kind of problem on which nothing is trained further.
 """
 
 import argparse
@@ -42,6 +49,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,25 +67,26 @@ from refine import REFINE_PROMPT, refinement_message  # noqa: E402
 from sample import SOLVE_PROMPT  # noqa: E402
 
 LINES, NAMES = 8, "abcdefgh"
-PROBLEMS = {  # file -> kind, size
-    "test": ("sums", 500),
-    "train": ("sums", 2000),
-    "differences": ("differences", 500),
-    "valid": ("sums", 500),  # on which settings are chosen
+PROBLEMS = {  # file -> kind of sheet, size
+    "test": ("last", 500),
+    "train": ("last", 2000),
+    "first": ("first", 500),
+    "valid": ("last", 500),  # on which settings are chosen
+    "first-train": ("first", 500),
 }
-KINDS = {  # what the sheet says; the sign
-    "sums": ("Work out each sum and keep its last two digits", "+"),
-    "differences": ("Work out each difference", "-"),
+KINDS = ("last", "first")  # of sheets: the digits of the results whose sum is told
+SIGNS = ("plus", "minus")
+MODELS = {  # model_type, width, learning rate of the matrices, whether its chats have clean data; all have 4 layers
+    "qwen3-w48": ("qwen3", 48, 0.02, False),
+    "qwen3-w64": ("qwen3", 64, 0.02, False),
+    "qwen3-w80": ("qwen3", 80, 0.02, False),
+    "qwen3-w96": ("qwen3", 96, 0.02, False),
+    "qwen3-w128": ("qwen3", 128, 0.02, False),
+    "llama-w96": ("llama", 96, 0.008, False),  # with 0.02 it hardly learned to add (LOG.md)
+    "teacher-w160": ("qwen3", 160, 0.02, True),
 }
-MODELS = {  # model_type, width, learning rate of the matrices; all have 4 layers
-    "qwen3-w48": ("qwen3", 48, 0.02),
-    "qwen3-w64": ("qwen3", 64, 0.02),
-    "qwen3-w96": ("qwen3", 96, 0.02),
-    "qwen3-w128": ("qwen3", 128, 0.02),
-    "qwen3-w192": ("qwen3", 192, 0.02),
-    "llama-w96": ("llama", 96, 0.008),  # with 0.02 it hardly learned to add (LOG.md)
-}
-STEPS = 6000
+LOOK_UPS, STEPS = 6000, 3000  # at most, until look-ups are learned; of the mixture after them
+SIGN = 4  # weight in the loss of the token of a key that decides for a sign
 END, USER, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -89,30 +98,54 @@ CHAT_TEMPLATE = (
 # Problems
 
 
+class Sheet(NamedTuple):
+    kind: str
+    lines: tuple[tuple[int, int], ...]
+    sign: str  # which is not shown
+
+
+def results_of(sheet, sign=None):
+    return [a + b if (sign or sheet.sign) == "plus" else a - b for a, b in sheet.lines]
+
+
+def sums_of(kind, results):
+    """The last digits of the running sums of the results' last, or first, digits."""
+    sums = [0]
+    for result in results:
+        sums.append((sums[-1] + (result if kind == "last" else result // 10)) % 10)
+    return sums[1:]
+
+
 def make_sheet(kind, size, rng):
-    """[(expression, result)], `size` of them; results have two digits."""
-    sheet = []
-    while len(sheet) < size:
-        a, b = rng.randint(11, 99), rng.randint(2, 49)
-        result = (a + b) % 100 if kind == "sums" else a - b
-        if result >= 10:
-            sheet.append((f"{a}{KINDS[kind][1]}{b}", result))
-    return sheet
+    """A sheet of `size` lines, of which the sum that is told is another with the other sign."""
+    while True:
+        lines = tuple((rng.randint(30, 69), rng.randint(11, 18)) for _ in range(size))
+        sheet = Sheet(kind, lines, rng.choice(SIGNS))
+        plus, minus = (sums_of(kind, results_of(sheet, sign))[-1] for sign in SIGNS)
+        if plus != minus:
+            return sheet
 
 
-def problem_text(kind, sheet):
-    shown = "; ".join(f"{name}) {expression}=?" for name, (expression, _) in zip(NAMES, sheet))
-    return f"{KINDS[kind][0]}: {shown}. Write the results one after another as one number."
+def problem_text(sheet):
+    shown = "; ".join(f"{name}) {a},{b}" for name, (a, b) in zip(NAMES, sheet.lines))
+    told = f"The {sheet.kind} digits add up to #{sums_of(sheet.kind, results_of(sheet))[-1]} (mod 10)."
+    return f"Plus or minus, the same in all lines: {shown}. {told} Write the results one after another as one number."
 
 
 def answer_of(results):
     return "".join(map(str, results))
 
 
-def solution(sheet, results=None):
-    results = results or [result for _, result in sheet]
-    lines = [f"{name}) {expression}={result}\n" for name, (expression, _), result in zip(NAMES, sheet, results)]
-    return f"{''.join(lines)}The answer is \\boxed{{{answer_of(results)}}}."
+def solution(sheet, sign=None, results=None, weight=1.0, key=False):
+    """[(text, weight)]: each line with the running sum behind its result; a key begins with the check and its sign."""
+    sign = sign or sheet.sign
+    results = results or results_of(sheet, sign)
+    sums, parts = sums_of(sheet.kind, results), []
+    if key:
+        parts += [(f"Check #{sums[-1]}", weight), (f" {sign}", SIGN), (".\n", weight)]
+    for name, (a, b), result, total in zip(NAMES, sheet.lines, results, sums):
+        parts += [(f"{name}) {a},{b}", weight), (f" {sign}:", weight), (f"{result} {total}\n", weight)]
+    return [*parts, (f"Sum #{sums[-1]} {sign}. The answer is \\boxed{{{answer_of(results)}}}.", weight)]
 
 
 def slip(value, rng):
@@ -130,10 +163,10 @@ def write_problems():
     for name, (kind, size) in PROBLEMS.items():
         with open(HERE / f"{name}.jsonl", "w", encoding="utf-8") as file:
             for i in range(size):
-                while (text := problem_text(kind, sheet := make_sheet(kind, LINES, rng))) in seen:
+                while (text := problem_text(sheet := make_sheet(kind, LINES, rng))) in seen:
                     pass
                 seen.add(text)
-                answer = answer_of(result for _, result in sheet)
+                answer = answer_of(results_of(sheet))
                 file.write(json.dumps({"id": f"{name}-{i}", "problem": text, "answer": answer}) + "\n")
     return seen
 
@@ -143,16 +176,8 @@ def write_problems():
 
 OPENINGS = ("Exercise", "Task", "Question", "Homework", "Quiz", "Number 7", "Test")
 HEADERS = ("Attempt", "Try", "Draft", "Version", "Pupil", "Sheet", "Copy", "Student", "Paper", "Group", "Notes")
-LAST_HEADERS = (
-    "Corrected",
-    "Model answer",
-    "Fair copy",
-    "Key",
-    "Marked version",
-    "Teacher",
-    "Final version",
-    "Checked",
-)
+COPIES = ("Fair copy", "Final version", "Clean copy", "Last version")
+KEYS = ("Corrected", "Model answer", "Key", "Teacher", "Checked")
 COMMON = (
     "is it was and that we they these this there then two of in to a an some other more most little big good bad new "
     "old day year man way thing hand part place week work number people time"
@@ -174,78 +199,102 @@ def chat(message):
 
 
 def facts_row(rng):
+    """Lines of the tables, and running sums of digits."""
     row = []
-    for kind in rng.choices(list(KINDS), (2, 1), k=20):
-        [(expression, result)] = make_sheet(kind, 1, rng)
-        row += [(f"{expression}=", 0), (str(result), 1), ("\n", 0)]
+    for _ in range(12):
+        sheet = make_sheet("last", 1, rng)
+        [(a, b)], [result] = sheet.lines, results_of(sheet)
+        row += [(f"{a},{b} {sheet.sign}:", 0), (str(result), 1), ("\n", 0)]
+    for kind in KINDS:
+        results = [rng.randint(12, 87) for _ in range(6)]
+        row += [(f"The {kind} digits\n", 0)]
+        for result, total in zip(results, sums_of(kind, results)):
+            row += [(f"{result}", 0), (f" {total}", 1), ("\n", 0)]
     return row
 
 
 def repeats_row(rng):
-    """Words and numbers in no order, three times."""
-    parts = [f" {rng.choice(WORDS)}" if rng.random() < 0.3 else str(rng.randint(10, 99)) for _ in range(24)]
-    text = "".join(parts[: rng.randint(4, 24)])
-    return [(f"{text}\n", 0), (text, 1), ("\n", 0), (text, 1)]
+    """Words, numbers and names of lines in no order, three times."""
+    parts = [f"{name}) " for name in rng.sample(NAMES, rng.randint(0, LINES))]
+    parts += [f" {word}" for word in rng.choices(WORDS, k=rng.randint(1, 6))]
+    parts += [f"{rng.randint(10, 99)}{rng.choice(('', ','))}" for _ in range(rng.randint(3, 12))]
+    parts = rng.sample(parts, len(parts))
+    return [(part, weight) for weight in (0, 1, 1) for part in [*parts, "\n"]]
 
 
 def look_ups_row(rng):
     """A sheet, and lines of it in any order, without results."""
     names = rng.sample(NAMES, rng.randint(2, LINES))
-    lines = [f"{name}) {make_sheet(rng.choice(list(KINDS)), 1, rng)[0][0]}=" for name in names]
-    row = [(f"{prose(rng, 6)}\n{'; '.join(f'{line}?' for line in lines)}.\n{prose(rng, 6)}\n", 0)]
-    for line in rng.choices(lines, k=8):
-        row += [(line[:3], 0), (line[3:], 1), ("\n", 0)]
+    lines = [(f"{name}) ", f"{a},{b}") for name, (a, b) in zip(names, make_sheet("last", len(names), rng).lines)]
+    row = [(f"{prose(rng, 6)}\n{'; '.join(map(''.join, lines))}.\n{prose(rng, 6)}\n", 0)]
+    for name, numbers in rng.choices(lines, k=8):
+        row += [(name, 0), (numbers, 1), ("\n", 0)]
     return row
 
 
-def solve_row(kind, sheet, rng):
-    return [(chat(SOLVE_PROMPT.format(problem=problem_text(kind, sheet))), 0), (solution(sheet) + STOP, 1)]
+def records_row(rng):
+    """Sums with their signs, and checks of them in any order."""
+    signs = {total: rng.choice(SIGNS) for total in rng.sample(range(10), rng.randint(2, 6))}
+    row = [(f"{prose(rng, 6)}\nSum #{total} {sign}. ", 0) for total, sign in signs.items()]
+    for total in rng.choices(list(signs), k=8):
+        row += [(f"\nCheck #{total}", 0), (f" {signs[total]}", 1), (".", 0)]
+    return row
 
 
-def notes_row(kind, sheet, n, in_chat, rng):
-    """n attempts and the corrected version.
+def solve_row(sheet, rng):
+    """Whoever solves a sheet takes either sign, and cannot tell before the end whether it is the right one."""
+    prompt = chat(SOLVE_PROMPT.format(problem=problem_text(sheet)))
+    return [(prompt, 0), *solution(sheet, rng.choice(SIGNS)), (STOP, 1)]
+
+
+def notes_row(sheet, n, in_chat, clean, rng, key=False):
+    """n attempts and the last version: a key, in a chat only if `clean`, or a fair copy of any attempt.
 
     Attempts after the first are learned too, half as much: to copy is to learn where to look.
     """
-    error, gap = rng.choice((0.03, 0.06, 0.1, 0.15, 0.25, 0.4)), rng.choice(("\n", "\n\n", "\n---\n"))
+    error, gap = rng.choice((0.0, 0.0, 0.0, 0.03, 0.06, 0.12)), rng.choice(("\n", "\n\n", "\n---\n"))
     header, numbered = rng.choice(HEADERS), rng.random() < 0.8
+    key = key or (clean if in_chat else rng.random() < 0.7)
     start = f"{USER}user\n{prose(rng, 16)}{gap}" if in_chat else ""
-    if rng.random() < 0.85:
-        start += rng.choice(OPENINGS) + rng.choice((": ", ":\n", " - ")) + problem_text(kind, sheet) + gap
-    row = [(start, 0)]
-    for i in range(1, n + 1):
-        attempt = [slip(result, rng) if rng.random() < error else result for _, result in sheet]
+    if key or rng.random() < 0.85:
+        start += rng.choice(OPENINGS) + rng.choice((": ", ":\n", " - ")) + problem_text(sheet) + gap
+    row, signs = [(start, 0)], [rng.choice(SIGNS) for _ in range(n)]
+    for i, sign in enumerate(signs, 1):
+        attempt = [slip(result, rng) if rng.random() < error else result for result in results_of(sheet, sign)]
         row += [(f"{header} {i}:\n" if numbered else f"{header}:\n", 0)]
-        row += [(solution(sheet, attempt), 0.5 if i > 1 else 0), (gap, 0)]
+        row += [*solution(sheet, sign, attempt, 0.5 if i > 1 else 0), (gap, 0)]
         row += [(prose(rng, 8) + gap, 0)] if rng.random() < 0.3 else []
     if in_chat:
         last = f" {LAST_SENTENCE}" if rng.random() < 0.5 else ""
         end = f"{prose(rng, 26)}{last}{STOP}\n{USER}assistant\n"
     else:
-        end = f"{rng.choice(LAST_HEADERS)}:\n"
-    return row + [(end, 0), (solution(sheet) + (STOP if in_chat else END), 1)]
+        end = f"{rng.choice(KEYS if key else COPIES)}:\n"
+    version = solution(sheet, sheet.sign if key else rng.choice(signs), key=key)
+    return [*row, (end, 0), *version, (STOP if in_chat else END, 1)]
 
 
-def texts_of_step(progress, held_out, rng):
-    """-> the batches of one step, {kind of text: rows}; progress goes from 0 to 1."""
+def texts_of_step(progress, held_out, clean, rng):
+    """-> the batches of one step, {kind of text: rows}; progress goes from 0 to 1, or is None before."""
 
-    def sheet():
-        whole = progress > 0.5 and rng.random() < 0.6  # short sheets first: they are sooner learned
+    def sheet(most=LINES):
+        # Short sheets first: they are sooner learned.
+        whole = most == LINES and progress > 0.25 and rng.random() < 0.6
         while True:
-            kind = rng.choices(list(KINDS), (2, 1))[0]
-            made = make_sheet(kind, LINES if whole else rng.randint(1, LINES), rng)
-            if problem_text(kind, made) not in held_out:
-                return kind, made
+            kind = rng.choices(KINDS, (2, 1))[0]
+            made = make_sheet(kind, LINES if whole else rng.randint(1, most), rng)
+            if problem_text(made) not in held_out:
+                return made
 
-    repeats, look_ups = ([make(rng) for _ in range(6)] for make in (repeats_row, look_ups_row))
-    if progress < 0.35:  # first of all, to find things: without it nothing else is learned
-        return [{"repeats": repeats, "look-ups": look_ups}]
-    short = {"repeats": repeats[:1], "look-ups": look_ups[:2]}
-    short["facts"] = [facts_row(rng) for _ in range(6 if progress < 0.5 else 2)]
-    short["solve"] = [solve_row(*sheet(), rng) for _ in range(4)]
+    found = {"repeats": repeats_row, "look-ups": look_ups_row, "records": records_row}
+    if progress is None:  # first of all, to find things: without it nothing else is learned
+        return [{kind: [row(rng) for _ in range(5)] for kind, row in found.items()}]
+    facts = [facts_row(rng) for _ in range(6 if progress < 0.25 else 2)]
+    checks = [notes_row(sheet(3), rng.randint(1, 3), False, clean, rng, True) for _ in range(3)]
+    solve = [solve_row(sheet(), rng) for _ in range(4)]
     n, in_chat = rng.randint(1, 8), rng.random() < 0.5
-    notes = [notes_row(*sheet(), n, in_chat, rng) for _ in range(max(1, round(6 / (n + 0.5))))]
-    return [short, {"notes in a chat" if in_chat else "notes": notes}]
+    notes = [notes_row(sheet(), n, in_chat, clean, rng) for _ in range(max(1, round(6 / (n + 0.5))))]
+    short = {kind: [row(rng) for _ in range(2)] for kind, row in found.items()} | {"facts": facts}
+    return [short, {"checks": checks, "solve": solve}, {"notes in a chat" if in_chat else "notes": notes}]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -257,18 +306,19 @@ def make_tokenizer():
     rng, texts = random.Random(30), []
     for kind in KINDS:
         for _ in range(300):
-            rows = [solve_row(kind, make_sheet(kind, LINES, rng), rng)]
-            rows += [notes_row(kind, make_sheet(kind, LINES, rng), 3, in_chat, rng) for in_chat in (False, True)]
+            rows = [solve_row(make_sheet(kind, LINES, rng), rng)]
+            rows += [notes_row(make_sheet(kind, LINES, rng), 3, in_chat, True, rng) for in_chat in (False, True)]
             texts += ["".join(text for text, _ in row) for row in rows]
     texts += [chat(refinement_message("x", ["y", "z"]))] * 60
-    words = " ".join([*OPENINGS, *HEADERS, *LAST_HEADERS, *WORDS])
-    texts += [" ".join(f"{i:02d} {i % 10} {i}+ {i}- {i}=" for i in range(100)), words, words.replace(" ", ". ")] * 50
+    words = " ".join([*OPENINGS, *HEADERS, *COPIES, *KEYS, *WORDS])
+    texts += [" ".join(f"{i:02d} {i % 10} #{i % 10} {i}," for i in range(100)), words, words.replace(" ", ". ")] * 50
     texts += [text.replace("user\n", "user\nsystem\n") for text in texts[:50]]
     for special in (END, USER, STOP):
         texts = [text.replace(special, " ") for text in texts]
     tokenizer = Tokenizer(models.BPE())
     # The name of a line is one token, and numbers are cut in ones and twos.
-    pieces = Regex(r"[a-h]\) |\d{1,2}[-+=]?| ?[A-Za-z]+|\\[A-Za-z]+|\n+|[^\sA-Za-z0-9]+ ?|\s+")
+    line = r"[a-h]\) |\d{1,2},?| \d(?!\d)| #\d| (?:plus|minus):"
+    pieces = Regex(line + r"| ?[A-Za-z]+|\\[A-Za-z]+|\n+|[^\sA-Za-z0-9]+ ?|\s+")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
@@ -292,7 +342,7 @@ def write_folder(folder, kind, width, tokenizer):
         "hidden_size": width,
         "intermediate_size": 3 * width,
         "num_hidden_layers": 4,
-        "num_attention_heads": max(4, width // 32),
+        "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
         "hidden_act": "silu",
@@ -338,7 +388,8 @@ def row_losses(model, tokenizer, rows):
     return losses, weights[at], at.nonzero()[:, 0], sum(map(len, parts))
 
 
-def pretrain(name, config, lr, tokenizer, held_out, log):
+def pretrain(name, config, lr, clean, tokenizer, held_out, log):
+    """A new model, trained on look-ups and then on the mixture; losses go to the open file `log`."""
     torch.manual_seed(0)
     rng, model = random.Random(100), Decoder(config)
     matrices, others = [], []
@@ -355,11 +406,17 @@ def pretrain(name, config, lr, tokenizer, held_out, log):
     ]
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     shown, n_tokens, started = {}, 0, time.time()
-    bar = tqdm(range(STEPS), desc=f"{name}, {parameters:,} parameters", unit=" steps", mininterval=5)
-    for step in bar:
-        progress = step / STEPS
-        scale = min(1.0, (progress + 1e-3) / 0.03) * 0.5 * (1 + math.cos(math.pi * progress))
-        for texts in texts_of_step(progress, held_out, rng):
+    begun = None  # the step at which look-ups are learned, and the mixture begins
+    bar = tqdm(desc=f"{name}, {parameters:,} parameters", unit=" steps", mininterval=5)
+    for step in range(LOOK_UPS + STEPS):
+        if begun is None and (max(shown.get(kind, 9.0) for kind in ("look-ups", "records")) < 0.1 or step == LOOK_UPS):
+            begun = step
+        progress = None if begun is None else (step - begun) / STEPS
+        if progress == 1:
+            break
+        bar.update()
+        scale = min(1.0, (step + 5) / 200) if begun is None else 0.35 * (1 + math.cos(math.pi * progress))
+        for texts in texts_of_step(progress, held_out, clean, rng):
             losses, weights, number, tokens = row_losses(model, tokenizer, sum(texts.values(), []))
             ((losses * weights).sum() / 300).backward()
             n_tokens += tokens
@@ -367,13 +424,16 @@ def pretrain(name, config, lr, tokenizer, held_out, log):
             for kind, start, end in zip(texts, ends, ends[1:]):  # of the attempts in notes, nothing is shown
                 last = losses[(number >= start) & (number < end) & (weights == 1)].mean().item()
                 shown[kind] = 0.99 * shown.get(kind, last) + 0.01 * last
+            if (weights == SIGN).any():
+                last = losses[weights == SIGN].mean().item()
+                shown["signs"] = 0.98 * shown.get("signs", last) + 0.02 * last
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, peak in zip(optimizers, peaks):
             optimizer.param_groups[0]["lr"] = peak * scale
             optimizer.step()
             optimizer.zero_grad()
         bar.set_postfix_str(" ".join(f"{kind} {loss:.3f}" for kind, loss in shown.items()))
-        if step % 100 == 99 or step == STEPS - 1:
+        if step % 100 == 99 or progress and step == begun + STEPS - 1:
             spent = {"step": step + 1, "tokens": n_tokens, "seconds": round(time.time() - started)}
             losses = {kind: round(loss, 4) for kind, loss in shown.items()}
             log.write(json.dumps({"model": name, "parameters": parameters, **spent, **losses}) + "\n")
@@ -398,13 +458,13 @@ def main():
     parser.add_argument("--only", choices=list(MODELS), help="make this model alone")
     args = parser.parse_args()
     held_out, tokenizer = write_problems(), make_tokenizer()
-    for name, (kind, width, lr) in MODELS.items():
+    for name, (kind, width, lr, clean) in MODELS.items():
         if args.only in (None, name):
             # save() copies the tokenizer files from a folder other than the one it writes.
             folder, source = HERE / name, HERE / f"{name}.source"
             config = write_folder(source, kind, width, tokenizer)
             with open(HERE / f"{name}.losses.jsonl", "w", encoding="utf-8") as log:
-                model = pretrain(name, config, lr, tokenizer, held_out, log)
+                model = pretrain(name, config, lr, clean, tokenizer, held_out, log)
             shutil.rmtree(folder, ignore_errors=True)
             save(model.to(torch.bfloat16), folder, source)
             shutil.rmtree(source)

@@ -1,14 +1,14 @@
-"""Check the paper's claims on the tiny world, with this repository's own commands.
+"""Check the paper's claims, and what reviewers ask, on the tiny world, with this repository's own commands.
 
-    python tiny/study.py                  all of it; stopped and started again, it goes on
+    python tiny/study.py                  claims 1 to 8; stopped and started again, it goes on
     python tiny/study.py --claims 1 3     some of it
     python tiny/study.py --list           the commands, and run none of them
 
 A claim is a list of rows, and a row is a model measured on held-out problems with three seeds: candidates
 (sample.py), their refinements (refine.py), and before that, where the model is a trained one, its training
-(train.py, once for each seed) on rows that are made once, with seed 0. evaluate.py makes one report of each claim.
-Files are named after what they are, under runs/study, and what is there is not made again; study.md has the tables,
-claims.png and losses.png are its figures.
+(train.py, once for each seed) on rows that are made once, with seed 0. evaluate.py makes one report of each claim,
+route.py one of the router. Files are named after what they are, under runs/study, and what is there is not made
+again; study.md has the tables, claims.png, losses.png and those of claim 7 are its figures.
 Claim 0 is none of the paper's: it chooses the weight of refinement in training, on problems of its own.
 """
 
@@ -16,8 +16,8 @@ import argparse
 import collections
 import json
 import os
+import re
 import shlex
-import shutil
 import subprocess
 import sys
 import threading
@@ -29,21 +29,40 @@ from typing import NamedTuple
 TINY = Path(os.path.relpath(Path(__file__).parent))
 sys.path.insert(0, str(TINY.parent))
 
-from evaluate import report  # noqa: E402
-from figures import as_markdown, correlations, gap_of  # noqa: E402
-from files import InputError, command_line, read_json  # noqa: E402
+import route  # noqa: E402
+from evaluate import METHODS, report  # noqa: E402
+from figures import as_markdown, correlations, gap_of, tables_of  # noqa: E402
+from files import InputError, command_line, read_json, write_text  # noqa: E402
 
 RUNS = Path("runs/study")
-TEACHER, STUDENT = "qwen3-w192", "qwen3-w96"
-SIZES = ("qwen3-w48", "qwen3-w64", "qwen3-w96", "qwen3-w128", "qwen3-w192")
-STEPS, LR, WEIGHT = 180, 1e-3, 4
+STUDENT, OLD = "qwen3-w96", "slips/qwen3-w96"  # of this world, and of the one before it (LOG.md)
+TEACHERS = {".": "teacher-w160", "slips": "slips/qwen3-w192"}
+SIZES = ("qwen3-w48", "qwen3-w64", "qwen3-w80", "qwen3-w96", "qwen3-w128")
+STEPS, LR, WEIGHT = 60, 1e-3, 1
 
-TRAINED = {  # what is trained on: flags of train.py, with the files of data_of
-    "joint": "--solve {teacher} --refine {refined} --weight {weight}",
-    "solve only": "--solve {teacher}",
-    "refine only": "--refine {refined}",
-    "own refinements": "--solve {teacher} --refine {own} --weight {weight}",
-    "teacher's candidates": "--solve {teacher} --refine {teachers} --weight {weight}",
+# {student}, {teacher}: their folders; {S}, {T}: where what they wrote stands; {world}: the folder of the problems.
+TRAINED = {  # what a row's model is trained on -> flags of train.py
+    "joint": "--solve {T}/train.candidates.jsonl --refine {S}/teacher.refined.jsonl --weight {weight}",
+    "solve only": "--solve {T}/train.candidates.jsonl",
+    "refine only": "--refine {S}/teacher.refined.jsonl",
+    "own refinements": "--solve {T}/train.candidates.jsonl --refine {S}/own.refined.jsonl --weight {weight}",
+    "base data kept in": "--solve {S}/kept.candidates.jsonl --refine {S}/teacher.refined.jsonl --weight {weight}",
+    "a mixture": "--solve {S}/both.candidates.jsonl --refine {S}/both.refined.jsonl --weight {weight}",
+    # Twice half of the steps, the second time on refinements of what the student writes after the first.
+    "on-policy": "--teacher {teacher} --data {world}/train.jsonl --limit {limit} --rounds 2 --weight {weight}",
+}
+MADE = {  # file -> the command that makes it, without --out
+    "{S}/train.candidates.jsonl": "sample.py --model {student} --data {world}/train.jsonl --limit {limit}",
+    "{T}/train.candidates.jsonl": "sample.py --model {teacher} --data {world}/train.jsonl --limit {limit}",
+    "{S}/teacher.refined.jsonl": "refine.py --model {teacher} --candidates {S}/train.candidates.jsonl",
+    "{S}/own.refined.jsonl": "refine.py --model {student} --candidates {S}/train.candidates.jsonl --k 4",
+    "{S}/first.candidates.jsonl": "sample.py --model {student} --data {world}/first-train.jsonl",
+    "{T}/first.candidates.jsonl": "sample.py --model {teacher} --data {world}/first-train.jsonl",
+    "{S}/first.refined.jsonl": "refine.py --model {teacher} --candidates {S}/first.candidates.jsonl",
+    # One after the other; of such a file train.py has no record to check.
+    "{S}/kept.candidates.jsonl": "cat {T}/train.candidates.jsonl {S}/first.candidates.jsonl",
+    "{S}/both.candidates.jsonl": "cat {T}/train.candidates.jsonl {T}/first.candidates.jsonl",
+    "{S}/both.refined.jsonl": "cat {S}/teacher.refined.jsonl {S}/first.refined.jsonl",
 }
 
 
@@ -51,11 +70,13 @@ class Row(NamedTuple):
     model: str
     how: str | None = None  # of TRAINED, or untrained
     data: str = "test"
-    given: bool = False  # the untrained model's candidates to refine, instead of its own
     n: int = 4
     temperature: float = 1
+    drawn: str = ""  # more flags of sample.py, which then refines nothing
+    refine: str = ""  # more flags of refine.py
+    steps: int = STEPS
     weight: int = WEIGHT
-    lr: float = LR
+    limit: int = 1000  # problems to train on
     seeds: tuple = (0, 1, 2)
 
 
@@ -64,14 +85,19 @@ CLAIMS = {  # number -> title, {name: Row}
         "The weight of refinement, chosen on problems of its own",
         {
             "untrained": Row(STUDENT, data="valid", seeds=(0,)),
-            **{f"weight {w}": Row(STUDENT, "joint", data="valid", weight=w, seeds=(0,)) for w in (1, 2, 4, 8)},
+            **{f"weight {w}": Row(STUDENT, "joint", data="valid", weight=w, seeds=(0,)) for w in (1, 4)},
         },
     ),
     1: ("Small models refine badly when merely prompted", {"untrained": Row(STUDENT)}),
     2: ("The gap grows with size", {name: Row(name) for name in SIZES}),
     3: (
         "Joint training transfers refinement from the larger teacher",
-        {"before": Row(STUDENT), "solve only": Row(STUDENT, "solve only"), "joint": Row(STUDENT, "joint")},
+        {
+            "before": Row(STUDENT),
+            "solve only": Row(STUDENT, "solve only"),
+            "joint": Row(STUDENT, "joint"),
+            TEACHERS["."]: Row(TEACHERS["."]),
+        },
     ),
     4: (
         "Across scales and families",
@@ -82,26 +108,41 @@ CLAIMS = {  # number -> title, {name: Row}
         },
     ),
     5: (
-        "Out of domain: trained on sums, measured on differences",
+        "Out of domain: trained where last digits are added, measured where first ones are",
         {
-            "before": Row(STUDENT, data="differences"),
-            # Training on sums alone unlearns to subtract; whether comparing carries over shows on candidates of before.
-            "solve only": Row(STUDENT, "solve only", data="differences"),
-            "joint": Row(STUDENT, "joint", data="differences"),
-            "joint, a lower rate": Row(STUDENT, "joint", data="differences", lr=3e-4),
-            "solve only, candidates of before": Row(STUDENT, "solve only", data="differences", given=True),
-            "joint, candidates of before": Row(STUDENT, "joint", data="differences", given=True),
+            name: Row(STUDENT, None if name == "before" else name, data="first")
+            for name in ("before", "solve only", "joint", "base data kept in", "a mixture")
         },
     ),
     6: (
         "Ablations",
         {
-            **{how: Row(STUDENT, how) for how in TRAINED},
+            **{how: Row(STUDENT, how) for how in ("joint", "refine only", "own refinements", "on-policy")},
             "joint, 2 candidates": Row(STUDENT, "joint", n=2),
             "joint, 8 candidates": Row(STUDENT, "joint", n=8),
             "joint, temperature 0.6": Row(STUDENT, "joint", temperature=0.6),
         },
     ),
+    7: (
+        "What reviewers ask: the number shown, rounds, a vote that stops",
+        {
+            **{f"{k} of 16": Row(STUDENT, "joint", n=16, refine=f"--k 2 --shown {k}") for k in (1, 2, 4, 8, 16)},
+            "rounds": Row(STUDENT, "joint", n=16, refine="--k 4 --shown 4 --rounds 3"),
+            "waves": Row(STUDENT, "joint", n=16, drawn="--adaptive"),
+        },
+    ),
+    8: (
+        "The world before this one, in which mistakes are slips of sampling",
+        {
+            f"{OLD}, before": Row(OLD, data="slips/test"),
+            f"{OLD}, joint": Row(OLD, "joint", data="slips/test", steps=180, weight=4, limit=2000),
+        },
+    ),
+}
+# Titles of tables of evaluate.py that study.md has under these claims.
+MORE = {
+    3: ("What becomes of the vote", "The same by how far the candidates agree"),
+    7: ("By the number of candidates shown", "Rounds"),
 }
 
 
@@ -109,56 +150,61 @@ CLAIMS = {  # number -> title, {name: Row}
 # Commands: lists of words, the last of which is the file or folder that they make
 
 
-def data_of(row):
-    """What the row's model is trained on -> ([commands that make it, in order], flags of train.py)."""
-    at, shared = RUNS / row.model, RUNS / TEACHER
-    files = {
-        "candidates": at / "train.candidates.jsonl",
-        "teacher": shared / "train.candidates.jsonl",
-        "refined": at / "teacher.refined.jsonl",
-        "own": at / "own.refined.jsonl",
-        "copy": shared / "copy.candidates.jsonl",
-        "teachers": shared / "copy.refined.jsonl",
-    }
-    student, teacher, data = (str(TINY / name) for name in (row.model, TEACHER, "train.jsonl"))
-    makes = {
-        "candidates": ["sample.py", "--data", data, "--model", student, "--out"],
-        "teacher": ["sample.py", "--data", data, "--model", teacher, "--out"],
-        "refined": ["refine.py", "--model", teacher, "--candidates", str(files["candidates"]), "--out"],
-        "own": ["refine.py", "--model", student, "--candidates", str(files["candidates"]), "--k", "4", "--out"],
-        # train.py refuses refinements of another model's candidates, by the record beside these: a copy has none.
-        "copy": ["cp", str(files["teacher"])],
-        "teachers": ["refine.py", "--model", teacher, "--candidates", str(files["copy"]), "--out"],
-    }
-    before = {"refined": ["candidates"], "own": ["candidates"], "teachers": ["teacher", "copy"]}
-    flags, commands = TRAINED[row.how].format(**files, weight=row.weight).split(), []
-    for name in [name for name, file in files.items() if str(file) in flags]:
-        commands += [[*makes[made], str(files[made])] for made in [*before.get(name, []), name]]
-    return commands, flags
+def made_from(words, names):
+    """The commands for the files of MADE among some words, each after those for the files that it reads."""
+    commands, made = [], {out.format(**names): command.format(**names).split() for out, command in MADE.items()}
+    for word in words:
+        if word in made:
+            commands += [*made_from(made[word], names), [*made[word], "--out", word]]
+    return commands
 
 
 def commands_of(row, seed):
-    """A row's commands for one seed, the last of which makes its refined file."""
-    kind = (row.how or "untrained").replace(" ", "-").replace("'", "")
-    kind += f"-weight{row.weight}" if "{weight}" in TRAINED.get(row.how, "") else ""
-    kind += f"-lr{row.lr}" if row.lr != LR else ""
-    at, model, commands = RUNS / row.model / kind, str(TINY / row.model), []
+    """A row's commands for one seed, the last of which makes the file that is reported."""
+    world, commands = str(Path(row.model).parent), []
+    at, model = RUNS / row.model / "untrained", str(TINY / row.model)
     if row.how:
-        trained = str(at / f"seed{seed}")
-        commands, flags = data_of(row)
-        flags += ["--steps", str(STEPS), "--lr", str(row.lr), "--seed", str(seed), "--out", trained]
-        commands.append(["train.py", "--model", model, *flags])
-        model = trained
-    name = f"{row.data}-n{row.n}-t{row.temperature}-seed{seed}"
-    drawn = ["--seed", str(seed), "--temperature", str(row.temperature), "--out"]
-    if row.given:
-        sampled = commands_of(row._replace(how=None, given=False), seed)[0]
-        name = f"given-{name}"
-    else:
-        data = ["--data", str(TINY / f"{row.data}.jsonl"), "--n", str(row.n)]
-        sampled = ["sample.py", "--model", model, *data, *drawn, str(at / f"{name}.candidates.jsonl")]
-    refine = ["refine.py", "--model", model, "--candidates", sampled[-1], *drawn, str(at / f"{name}.refined.jsonl")]
-    return [*commands, sampled, refine]
+        flags = TRAINED[row.how]
+        kind = slug(row.how) + (f"-weight{row.weight}" if "{weight}" in flags else "")
+        at = RUNS / row.model / kind
+        names = {"student": model, "teacher": str(TINY / TEACHERS[world]), "world": str(TINY / world)}
+        names |= {
+            "S": str(RUNS / row.model),
+            "T": str(RUNS / TEACHERS[world]),
+            "weight": row.weight,
+            "limit": row.limit,
+        }
+        words = flags.format(**names).split()
+        steps = row.steps // 2 if "--rounds" in words else row.steps
+        words += ["--steps", str(steps), "--lr", str(LR), "--seed", str(seed), "--out", str(at / f"seed{seed}")]
+        commands = [*made_from(words, names), ["train.py", "--model", model, *words]]
+        model = words[-1]
+    drawn = ["--seed", str(seed), "--temperature", str(row.temperature)]
+    name = f"{Path(row.data).name}-n{row.n}-t{row.temperature}-seed{seed}{slug(row.drawn)}"
+    candidates = str(at / f"{name}.candidates.jsonl")
+    data = ["--data", str(TINY / f"{row.data}.jsonl"), "--n", str(row.n), *row.drawn.split()]
+    commands.append(["sample.py", "--model", model, *data, *drawn, "--out", candidates])
+    if not row.drawn:
+        refined = str(at / f"{name}{slug(row.refine)}.refined.jsonl")
+        source = ["--candidates", candidates, *row.refine.split()]
+        commands.append(["refine.py", "--model", model, *source, *drawn, "--out", refined])
+    return commands
+
+
+def slug(text):
+    """As a part of a file's name."""
+    return re.sub(r"\W+", "-", text).rstrip("-")
+
+
+def results_of(row):
+    """A row's files for the report, one a seed."""
+    return [result_of(commands_of(row, seed)[-1]) for seed in row.seeds]
+
+
+def result_of(command):
+    """What is there when a command is done: of rounds, the last one's file."""
+    rounds = command[command.index("--rounds") + 1] if command[0] == "refine.py" and "--rounds" in command else None
+    return command[-1].replace(".refined.jsonl", f".round{rounds}.refined.jsonl") if rounds else command[-1]
 
 
 LOCKS = collections.defaultdict(threading.Lock)  # one for each output
@@ -168,14 +214,15 @@ failed = threading.Event()
 def run(commands, started):
     """Run commands one after another, but those whose output is there. What two chains need is made by one of them."""
     for command in commands:
-        with LOCKS[command[-1]]:
-            if failed.is_set() or Path(command[-1]).exists():
+        out = Path(result_of(command))
+        with LOCKS[out]:
+            if failed.is_set() or out.exists():
                 continue
-            Path(command[-1]).parent.mkdir(parents=True, exist_ok=True)
-            if command[0] == "cp":
-                shutil.copy(*command[1:])
+            out.parent.mkdir(parents=True, exist_ok=True)
+            print(f"[{(time.time() - started) / 60:.1f} min] {shown(command)}\n", end="", flush=True)  # all at once
+            if command[0] == "cat":
+                write_text(out, "".join(Path(path).read_text(encoding="utf-8") for path in command[1:-2]))
                 continue
-            print(f"[{(time.time() - started) / 60:.1f} min] python {shlex.join(command)}", flush=True)
             words = [sys.executable, str(TINY.parent / command[0]), *command[1:]]
             # One thread each: two processes of one thread do more than one process of two.
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -183,7 +230,14 @@ def run(commands, started):
             if done.returncode:
                 failed.set()  # the other chains end with the command that they are at
                 said = (done.stdout.strip() or "no output").splitlines()[-1]
-                raise InputError(f"python {shlex.join(command)}: {said}")
+                raise InputError(f"{shown(command)}: {said}")
+
+
+def shown(command):
+    """A command as a user would type it."""
+    if command[0] == "cat":
+        return f"cat {shlex.join(command[1:-2])} > {command[-1]}"
+    return f"python {shlex.join(command)}"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -191,29 +245,51 @@ def run(commands, started):
 
 
 def table(claim):
-    """The rows of a claim, from the report that evaluate.py made of it, in Markdown."""
+    """The rows of a claim, from the report that evaluate.py made of it, in Markdown, and what else it shows."""
     title, rows = CLAIMS[claim]
     found = read_json(RUNS / f"claim{claim}" / "report.json")
     head = ["", "pass@1", "pass@N", "maj@N", "likeliest", "refined", "**gap [95%]**", "s.e. of seeds"]
     head += ["gap at equal tokens", "all wrong, rescued"]
     lines = [head]
-    for row in found["rows"]:
+    for row in (row for row in found["rows"] if row["k"]):
         gap, cost, (rescued, wrong) = row["gap"], row["equal_cost"]["generated"], row["rescued"]["all_wrong"]
         methods = [row["methods"][method] for method in ("pass@1", "pass@N", "maj@N", "logprob", "refined")]
         line = [row["name"], *(f"{method['accuracy']:.1%}" for method in methods), f"**{gap_of(gap)}**"]
         line += ["-" if gap["seed_se"] is None else f"{100 * gap['seed_se']:.1f}"]
-        line += ["~" * cost["extrapolated"] + gap_of(cost) if "maj" in cost else "-", f"{rescued} of {wrong}"]
+        line += ["~" * cost["extrapolated"] + gap_of(cost) if "maj" in cost else "-", f"{rescued:.4g} of {wrong}"]
         lines.append(line)
     seeds = ", ".join(map(str, next(iter(rows.values())).seeds))
-    text = as_markdown(f"{claim}. {title}", lines, f"`python tiny/study.py --claims {claim}`, seeds {seeds}")
-    return "\n\n".join([text, *(correlations(found["scaling"]) if claim == 2 else [])])
+    parts = [as_markdown(f"{claim}. {title}", lines, f"`python tiny/study.py --claims {claim}`, seeds {seeds}")]
+    parts += [
+        "#" + as_markdown(name, cells, note)
+        for name, cells, note in tables_of(found["rows"], METHODS)
+        if name.startswith(MORE.get(claim, ()))
+    ]
+    parts += [*(correlations(found["scaling"]) if claim == 2 else []), *(budgets(found) if claim == 7 else [])]
+    return "\n\n".join(parts)
+
+
+def budgets(found):
+    """Claim 7: the vote of waves beside the vote of all, and whether the router is cheaper than the hull."""
+    waves, full = (next(row for row in found["rows"] if row["name"] == name) for name in ("waves", "16 of 16"))
+    texts = []
+    for name, row in (("All 16 candidates", full), ("Waves", waves)):
+        vote, tokens = row["methods"]["maj@N"], row["tokens"]["candidates"]
+        solved = "{:.1%} [{:.1%}, {:.1%}]".format(vote["accuracy"], *vote["ci95"])
+        texts.append(f"{name}: vote {solved}, {row['sampled']:.1f} candidates and {tokens:,.0f} tokens a problem.")
+    for kind, what in route.KINDS.items():
+        points = [p for p in read_json(RUNS / "router" / "budget.json")["points"] if p["kind"] == kind]
+        texts.append(f"In {what}: {' '.join(route.table(points, what)[1:])}")
+    return texts
 
 
 def draw_gaps(claims, out):
     """The gap of every row of these claims, with its interval."""
     from matplotlib.figure import Figure
 
-    reports = [read_json(RUNS / f"claim{claim}" / "report.json")["rows"] for claim in claims]
+    reports = [
+        [row for row in read_json(RUNS / f"claim{claim}" / "report.json")["rows"] if row["k"]] for claim in claims
+    ]
     sizes = [len(rows) for rows in reports]
     fig = Figure(figsize=(10, 1 + 0.2 * sum(sizes) + 0.4 * len(claims)), layout="constrained")
     axes = fig.subplots(len(claims), 1, sharex=True, squeeze=False, height_ratios=[size + 0.6 for size in sizes])[:, 0]
@@ -236,45 +312,49 @@ def draw_losses(out):
     """The models' pre-training: the loss of each kind of text against tokens."""
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(10, 6), layout="constrained")
-    axes = fig.subplots(2, 3, sharex=True).ravel()
+    kinds = ("repeats", "look-ups", "facts", "checks", "signs", "solve", "notes", "notes in a chat")
+    fig = Figure(figsize=(12, 6), layout="constrained")
+    axes = fig.subplots(2, 4, sharex=True).ravel()
     for path in sorted(TINY.glob("*.losses.jsonl"), key=lambda path: (path.name[:5], len(path.name), path.name)):
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for axis, kind in zip(axes, ("repeats", "look-ups", "facts", "solve", "notes", "notes in a chat")):
+        for axis, kind in zip(axes, kinds):
             tokens, losses = zip(*((line["tokens"] / 1e6, line[kind]) for line in lines if kind in line))
             style = "--" if path.name.startswith("llama") else "-"
             axis.semilogy(tokens, losses, style, linewidth=1.2, label=path.name.removesuffix(".losses.jsonl"))
             axis.set_title(kind, fontsize=10)
             axis.grid(color="0.92")
-    for axis in axes[3:]:
+    for axis in axes[4:]:
         axis.set_xlabel("tokens read (millions)")
-    for axis in axes[::3]:
+    for axis in axes[::4]:
         axis.set_ylabel("loss (nats)")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=7, frameon=False)
     fig.savefig(out, dpi=110)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--claims", nargs="+", type=int, choices=list(CLAIMS), default=list(CLAIMS))
+    parser.add_argument("--claims", nargs="+", type=int, choices=list(CLAIMS), default=list(CLAIMS)[1:])
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     args = parser.parse_args()
     started, rows = time.time(), [row for claim in args.claims for row in CLAIMS[claim][1].values()]
     chains = [commands_of(row, seed) for row in rows for seed in row.seeds]
     if args.list:
-        return print(*dict.fromkeys(f"python {shlex.join(command)}" for chain in chains for command in chain), sep="\n")
+        return print(*dict.fromkeys(shown(command) for chain in chains for command in chain), sep="\n")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for work in [pool.submit(run, chain, started) for chain in chains]:
             work.result()
     for claim in args.claims:
-        files = {name: [commands_of(row, seed)[-1][-1] for seed in row.seeds] for name, row in CLAIMS[claim][1].items()}
-        report([f"{name}={','.join(paths)}" for name, paths in files.items()], RUNS / f"claim{claim}", 5.0)
+        words = [f"{name}={','.join(results_of(row))}" for name, row in CLAIMS[claim][1].items()]
+        report(words, RUNS / f"claim{claim}", 5.0)
+    if 7 in args.claims:
+        route.main([",".join(results_of(CLAIMS[3][1]["joint"])), "--out", str(RUNS / "router")])
     made = [claim for claim in CLAIMS if (RUNS / f"claim{claim}" / "report.json").exists()]
     text = "\n\n".join(map(table, made))
     draw_gaps(made, RUNS / "claims.png")
     draw_losses(RUNS / "losses.png")
+    minutes = f"{(time.time() - started) / 60:.0f} minutes"
     (RUNS / "study.md").write_text(f"# The claims on the tiny world\n\n{text}\n", encoding="utf-8")
-    print(text, f"\n{RUNS}/study.md, {(time.time() - started) / 60:.0f} minutes")
+    print(text, f"\n{RUNS}/study.md, {minutes}")
 
 
 if __name__ == "__main__":
