@@ -88,7 +88,7 @@ CLAIMS = {  # number -> title, {name: Row}
             **{f"weight {w}": Row(STUDENT, "joint", data="valid", weight=w, seeds=(0,)) for w in (1, 4)},
         },
     ),
-    1: ("Small models refine badly when merely prompted", {"untrained": Row(STUDENT)}),
+    1: ("Small models refine badly when merely prompted", {STUDENT: Row(STUDENT)}),
     2: ("The gap grows with size", {name: Row(name) for name in SIZES}),
     3: (
         "Joint training transfers refinement from the larger teacher",
