@@ -244,6 +244,11 @@ def shown(command):
 # The report
 
 
+def rows_of(claim):
+    """The rows of a claim that have refinements, from the report that evaluate.py made of it."""
+    return [row for row in read_json(RUNS / f"claim{claim}" / "report.json")["rows"] if row["k"]]
+
+
 def table(claim):
     """The rows of a claim, from the report that evaluate.py made of it, in Markdown, and what else it shows."""
     title, rows = CLAIMS[claim]
@@ -251,7 +256,7 @@ def table(claim):
     head = ["", "pass@1", "pass@N", "maj@N", "likeliest", "refined", "**gap [95%]**", "s.e. of seeds"]
     head += ["gap at equal tokens", "all wrong, rescued"]
     lines = [head]
-    for row in (row for row in found["rows"] if row["k"]):
+    for row in rows_of(claim):
         gap, cost, (rescued, wrong) = row["gap"], row["equal_cost"]["generated"], row["rescued"]["all_wrong"]
         methods = [row["methods"][method] for method in ("pass@1", "pass@N", "maj@N", "logprob", "refined")]
         line = [row["name"], *(f"{method['accuracy']:.1%}" for method in methods), f"**{gap_of(gap)}**"]
@@ -287,9 +292,7 @@ def draw_gaps(claims, out):
     """The gap of every row of these claims, with its interval."""
     from matplotlib.figure import Figure
 
-    reports = [
-        [row for row in read_json(RUNS / f"claim{claim}" / "report.json")["rows"] if row["k"]] for claim in claims
-    ]
+    reports = [rows_of(claim) for claim in claims]
     sizes = [len(rows) for rows in reports]
     fig = Figure(figsize=(10, 1 + 0.2 * sum(sizes) + 0.4 * len(claims)), layout="constrained")
     axes = fig.subplots(len(claims), 1, sharex=True, squeeze=False, height_ratios=[size + 0.6 for size in sizes])[:, 0]
@@ -352,9 +355,8 @@ def main():
     text = "\n\n".join(map(table, made))
     draw_gaps(made, RUNS / "claims.png")
     draw_losses(RUNS / "losses.png")
-    minutes = f"{(time.time() - started) / 60:.0f} minutes"
     (RUNS / "study.md").write_text(f"# The claims on the tiny world\n\n{text}\n", encoding="utf-8")
-    print(text, f"\n{RUNS}/study.md, {minutes}")
+    print(text, f"\n{RUNS}/study.md, {(time.time() - started) / 60:.0f} minutes")
 
 
 if __name__ == "__main__":
