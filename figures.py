@@ -128,7 +128,7 @@ TABLES = [
     ),
     Table(
         "The same by how far the candidates agree: wrong → right, right → wrong",
-        "unanimous: all give the same answer; majority: more than half; split: some votes; none: no answer",
+        "unanimous: all give the same answer; majority: more than half do; split: at most half do; none: no answer",
         {
             name: lambda row, name=name: ", ".join(
                 of_how_many(row["flips"]["by_agreement"][name], way).replace(" ", "")

@@ -1,7 +1,8 @@
 """Make the tiny world: problems, a tokenizer and small pre-trained models, all from nothing.
 
-    python tiny/make.py                      everything, on two CPU cores
-    python tiny/make.py --only qwen3-w96     one model again; the problems and the tokenizer come out as they were
+    OMP_NUM_THREADS=1 python tiny/make.py --only qwen3-w96     one model again, in half an hour of one CPU core;
+                                                               the problems and the tokenizer come out as they were
+    python tiny/make.py                                        all models, one after another
 
 A problem is a sheet of eight lines, all to be added or all to be subtracted, and it does not say which. It says what
 the last digits of the results add up to, of which the last digit counts:
@@ -21,23 +22,26 @@ half of the solutions take the wrong sign and are as sure of every token as the 
 likelihood tells nothing. Whoever reads several solutions beside the problem can tell: the one whose sum is the
 problem's has the right sign, and if there is none, the sign is the other one, though all candidates are wrong.
 
-Pre-training texts are made on the fly and never repeat; no problem of the files is among them:
+Pre-training texts are made on the fly; no problem of the files is among them:
 
     repeats   words, numbers and names of lines in no order, and the same again, twice
     look-ups  a sheet, and then lines of it in any order, without results
-    records   sums with their signs, and checks of them ("Check #5 minus.")
-    facts     lines of the tables (640 of them), and running sums
+    records   sums with their signs, and checks of them in any order ("Sum #5 minus." ... "Check #5 minus.")
+    facts     single additions and subtractions, and running sums
     solve     the chat prompt of a sheet -> a solution with either sign
-    notes     a sheet, 1 to 8 attempts at it under varied headers, with a few slips, then a last version of it. As plain
-              text it is a key, seven times of ten: it begins with the problem's sum and the sign of the attempt that
-              has it ("Check #5 minus."), and is right. Otherwise it is a fair copy: it takes the sign of any attempt.
-              In a chat, where words of all kinds stand around them in no order, all last versions are fair copies.
+    notes     a sheet, 1 to 8 attempts at it under varied headers, some with slips, then a last version. In plain text
+              this is a key seven times of ten: it begins with the problem's sum and the right sign ("Check #5 minus."),
+              which is that of an attempt with this sum or, where there is none, the other one, and has no slips.
+              Otherwise it is a fair copy, right or wrong: it takes the sign of any attempt. In a chat, where words in
+              no order stand around the attempts, all last versions are fair copies.
     checks    notes with a key, of short sheets and few attempts
 
-All models read the same mixture in the same order, but the teacher, in whose chats the last versions are keys. So the
-others know how to use a check, and do not do it in a chat. No text has a refinement prompt: refine.py's words are among
-those in no order, its sentences nowhere. In a second kind of sheet, a third of the texts, the sum is that of the first
-digits: it tells whether refinement carries over to a kind of problem on which nothing is trained further.
+Repeats, look-ups and records are alone until the model finds things; then all are mixed, short sheets first. All models
+read the same kinds of text, but in the teacher's chats the last versions are keys. So the others know how to use a
+check, and do not do it in a chat. No text has a refinement prompt: refine.py's words are among those in no order, and
+of its sentences only the last, which is also that of the prompt to solve. In a second kind of sheet, a third of those
+that are solved, the sum is that of the first digits: it tells whether refinement carries over to a kind of problem on
+which nothing is trained further.
 """
 
 import argparse
@@ -76,7 +80,7 @@ PROBLEMS = {  # file -> kind of sheet, size
 }
 KINDS = ("last", "first")  # of sheets: the digits of the results whose sum is told
 SIGNS = ("plus", "minus")
-MODELS = {  # model_type, width, learning rate of the matrices, whether its chats have clean data; all have 4 layers
+MODELS = {  # model_type, width, learning rate of the matrices, whether there are keys in its chats; all have 4 layers
     "qwen3-w48": ("qwen3", 48, 0.02, False),
     "qwen3-w64": ("qwen3", 64, 0.02, False),
     "qwen3-w80": ("qwen3", 80, 0.02, False),
@@ -85,9 +89,9 @@ MODELS = {  # model_type, width, learning rate of the matrices, whether its chat
     "llama-w96": ("llama", 96, 0.008, False),  # with 0.02 it hardly learned to add (LOG.md)
     "teacher-w160": ("qwen3", 160, 0.02, True),
 }
-LOOK_UPS, STEPS = 6000, 3000  # at most, until look-ups are learned; of the mixture after them
-SIGN = 4  # weight in the loss of the token of a key that decides for a sign
-END, USER, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+FINDING, STEPS = 6000, 3000  # steps of repeats, look-ups and records at most; of the mixture after them
+SIGN = 4  # weight in the loss of the token of a key that decides for a sign: it is one of a hundred
+SPECIAL = END, USER, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -101,7 +105,7 @@ CHAT_TEMPLATE = (
 class Sheet(NamedTuple):
     kind: str
     lines: tuple[tuple[int, int], ...]
-    sign: str  # which is not shown
+    sign: str  # of all lines; the problem does not show it
 
 
 def results_of(sheet, sign=None):
@@ -118,7 +122,7 @@ def sums_of(kind, results):
 
 def make_sheet(kind, size, rng):
     """A sheet of `size` lines, of which the sum that is told is another with the other sign."""
-    while True:
+    while True:  # 40 x 8 numbers: with many more, look-ups are not learned (LOG.md)
         lines = tuple((rng.randint(30, 69), rng.randint(11, 18)) for _ in range(size))
         sheet = Sheet(kind, lines, rng.choice(SIGNS))
         plus, minus = (sums_of(kind, results_of(sheet, sign))[-1] for sign in SIGNS)
@@ -144,12 +148,12 @@ def solution(sheet, sign=None, results=None, weight=1.0, key=False):
     if key:
         parts += [(f"Check #{sums[-1]}", weight), (f" {sign}", SIGN), (".\n", weight)]
     for name, (a, b), result, total in zip(NAMES, sheet.lines, results, sums):
-        parts += [(f"{name}) {a},{b}", weight), (f" {sign}:", weight), (f"{result} {total}\n", weight)]
+        parts.append((f"{name}) {a},{b} {sign}:{result} {total}\n", weight))
     return [*parts, (f"Sum #{sums[-1]} {sign}. The answer is \\boxed{{{answer_of(results)}}}.", weight)]
 
 
 def slip(value, rng):
-    """A wrong result of the kinds that occur: another tens digit, another last digit, anything."""
+    """A wrong result: ten or one more or less, another near one, or anything."""
     wrong = value
     while wrong == value or wrong < 10:
         near = rng.choices(((10, -10), (1, -1), (20, -20, 2, -2, 11, -11, 9, -9), None), (0.35, 0.3, 0.15, 0.2))[0]
@@ -183,7 +187,7 @@ COMMON = (
     "old day year man way thing hand part place week work number people time"
 )
 WORDS = sorted({*re.findall(r"[A-Za-z]+", f"{REFINE_PROMPT} Candidate"), *COMMON.split()})
-LAST_SENTENCE = SOLVE_PROMPT.partition("\n\n")[2]
+LAST_SENTENCE = SOLVE_PROMPT.partition("\n\n")[2]  # as in the template, with \boxed{{}}
 
 
 def prose(rng, most):
@@ -199,7 +203,7 @@ def chat(message):
 
 
 def facts_row(rng):
-    """Lines of the tables, and running sums of digits."""
+    """Additions and subtractions, and running sums of digits."""
     row = []
     for _ in range(12):
         sheet = make_sheet("last", 1, rng)
@@ -247,23 +251,23 @@ def solve_row(sheet, rng):
     return [(prompt, 0), *solution(sheet, rng.choice(SIGNS)), (STOP, 1)]
 
 
-def notes_row(sheet, n, in_chat, clean, rng, key=False):
-    """n attempts and the last version: a key, in a chat only if `clean`, or a fair copy of any attempt.
+def notes_row(sheet, n, in_chat, chat_keys, rng, key=False):
+    """n attempts and the last version: a key, in a chat only if `chat_keys`, or a fair copy of any attempt.
 
     Attempts after the first are learned too, half as much: to copy is to learn where to look.
     """
-    error, gap = rng.choice((0.0, 0.0, 0.0, 0.03, 0.06, 0.12)), rng.choice(("\n", "\n\n", "\n---\n"))
+    error, blank = rng.choice((0.0, 0.0, 0.0, 0.03, 0.06, 0.12)), rng.choice(("\n", "\n\n", "\n---\n"))
     header, numbered = rng.choice(HEADERS), rng.random() < 0.8
-    key = key or (clean if in_chat else rng.random() < 0.7)
-    start = f"{USER}user\n{prose(rng, 16)}{gap}" if in_chat else ""
+    key = key or (chat_keys if in_chat else rng.random() < 0.7)
+    start = f"{USER}user\n{prose(rng, 16)}{blank}" if in_chat else ""
     if key or rng.random() < 0.85:
-        start += rng.choice(OPENINGS) + rng.choice((": ", ":\n", " - ")) + problem_text(sheet) + gap
+        start += rng.choice(OPENINGS) + rng.choice((": ", ":\n", " - ")) + problem_text(sheet) + blank
     row, signs = [(start, 0)], [rng.choice(SIGNS) for _ in range(n)]
     for i, sign in enumerate(signs, 1):
         attempt = [slip(result, rng) if rng.random() < error else result for result in results_of(sheet, sign)]
         row += [(f"{header} {i}:\n" if numbered else f"{header}:\n", 0)]
-        row += [*solution(sheet, sign, attempt, 0.5 if i > 1 else 0), (gap, 0)]
-        row += [(prose(rng, 8) + gap, 0)] if rng.random() < 0.3 else []
+        row += [*solution(sheet, sign, attempt, 0.5 if i > 1 else 0), (blank, 0)]
+        row += [(prose(rng, 8) + blank, 0)] if rng.random() < 0.3 else []
     if in_chat:
         last = f" {LAST_SENTENCE}" if rng.random() < 0.5 else ""
         end = f"{prose(rng, 26)}{last}{STOP}\n{USER}assistant\n"
@@ -273,8 +277,8 @@ def notes_row(sheet, n, in_chat, clean, rng, key=False):
     return [*row, (end, 0), *version, (STOP if in_chat else END, 1)]
 
 
-def texts_of_step(progress, held_out, clean, rng):
-    """-> the batches of one step, {kind of text: rows}; progress goes from 0 to 1, or is None before."""
+def texts_of_step(progress, held_out, chat_keys, rng):
+    """-> the batches of one step, {kind of text: rows}; progress is the share of the mixture done, None before it."""
 
     def sheet(most=LINES):
         # Short sheets first: they are sooner learned.
@@ -289,10 +293,10 @@ def texts_of_step(progress, held_out, clean, rng):
     if progress is None:  # first of all, to find things: without it nothing else is learned
         return [{kind: [row(rng) for _ in range(5)] for kind, row in found.items()}]
     facts = [facts_row(rng) for _ in range(6 if progress < 0.25 else 2)]
-    checks = [notes_row(sheet(3), rng.randint(1, 3), False, clean, rng, True) for _ in range(3)]
+    checks = [notes_row(sheet(3), rng.randint(1, 3), False, chat_keys, rng, True) for _ in range(3)]
     solve = [solve_row(sheet(), rng) for _ in range(4)]
     n, in_chat = rng.randint(1, 8), rng.random() < 0.5
-    notes = [notes_row(sheet(), n, in_chat, clean, rng) for _ in range(max(1, round(6 / (n + 0.5))))]
+    notes = [notes_row(sheet(), n, in_chat, chat_keys, rng) for _ in range(max(1, round(6 / (n + 0.5))))]
     short = {kind: [row(rng) for _ in range(2)] for kind, row in found.items()} | {"facts": facts}
     return [short, {"checks": checks, "solve": solve}, {"notes in a chat" if in_chat else "notes": notes}]
 
@@ -312,9 +316,9 @@ def make_tokenizer():
     texts += [chat(refinement_message("x", ["y", "z"]))] * 60
     words = " ".join([*OPENINGS, *HEADERS, *COPIES, *KEYS, *WORDS])
     texts += [" ".join(f"{i:02d} {i % 10} #{i % 10} {i}," for i in range(100)), words, words.replace(" ", ". ")] * 50
-    texts += [text.replace("user\n", "user\nsystem\n") for text in texts[:50]]
-    for special in (END, USER, STOP):
-        texts = [text.replace(special, " ") for text in texts]
+    texts += [text.replace("user\n", "user\nsystem\n") for text in texts[:50]]  # "system" is a token, too
+    for token in SPECIAL:
+        texts = [text.replace(token, " ") for text in texts]
     tokenizer = Tokenizer(models.BPE())
     # The name of a line is one token, and numbers are cut in ones and twos.
     line = r"[a-h]\) |\d{1,2},?| \d(?!\d)| #\d| (?:plus|minus):"
@@ -323,21 +327,20 @@ def make_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = [END, USER, STOP]
     trainer = trainers.BpeTrainer(
-        vocab_size=1200, min_frequency=20, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=1200, min_frequency=20, special_tokens=[*SPECIAL], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
-def write_folder(folder, kind, width, tokenizer):
+def write_folder(folder, model_type, width, tokenizer):
     """Everything of a Hugging Face folder but the weights; returns the Config."""
     folder.mkdir(parents=True, exist_ok=True)
     end, stop = tokenizer.token_to_id(END), tokenizer.token_to_id(STOP)
     config = {
-        "architectures": [{"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[kind]],
-        "model_type": kind,
+        "architectures": [{"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[model_type]],
+        "model_type": model_type,
         "vocab_size": tokenizer.get_vocab_size(),
         "hidden_size": width,
         "intermediate_size": 3 * width,
@@ -371,7 +374,7 @@ def write_folder(folder, kind, width, tokenizer):
 
 
 def row_losses(model, tokenizer, rows):
-    """Rows of texts -> (cross-entropy [M], weight [M] and row [M] of the tokens that have a weight; tokens read)."""
+    """Rows of texts -> (cross-entropy, weight and row number of each token that has a weight, [M]; tokens read)."""
     encoded = iter(tokenizer.encode_batch([text for row in rows for text, _ in row]))
     parts = [[(token, weight) for _, weight in row for token in next(encoded).ids] for row in rows]
     length = max(map(len, parts))
@@ -388,8 +391,8 @@ def row_losses(model, tokenizer, rows):
     return losses, weights[at], at.nonzero()[:, 0], sum(map(len, parts))
 
 
-def pretrain(name, config, lr, clean, tokenizer, held_out, log):
-    """A new model, trained on look-ups and then on the mixture; losses go to the open file `log`."""
+def pretrain(name, config, lr, chat_keys, tokenizer, held_out, log):
+    """A new model, trained to find things and then on the mixture; losses go to the open file `log`."""
     torch.manual_seed(0)
     rng, model = random.Random(100), Decoder(config)
     matrices, others = [], []
@@ -406,22 +409,22 @@ def pretrain(name, config, lr, clean, tokenizer, held_out, log):
     ]
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     shown, n_tokens, started = {}, 0, time.time()
-    begun = None  # the step at which look-ups are learned, and the mixture begins
+    begun = None  # the step at which the mixture begins
     bar = tqdm(desc=f"{name}, {parameters:,} parameters", unit=" steps", mininterval=5)
-    for step in range(LOOK_UPS + STEPS):
-        if begun is None and (max(shown.get(kind, 9.0) for kind in ("look-ups", "records")) < 0.1 or step == LOOK_UPS):
+    for step in range(FINDING + STEPS):
+        if begun is None and (max(shown.get(kind, 9.0) for kind in ("look-ups", "records")) < 0.1 or step == FINDING):
             begun = step
         progress = None if begun is None else (step - begun) / STEPS
         if progress == 1:
             break
         bar.update()
-        scale = min(1.0, (step + 5) / 200) if begun is None else 0.35 * (1 + math.cos(math.pi * progress))
-        for texts in texts_of_step(progress, held_out, clean, rng):
+        factor = min(1.0, (step + 5) / 200) if begun is None else 0.35 * (1 + math.cos(math.pi * progress))
+        for texts in texts_of_step(progress, held_out, chat_keys, rng):
             losses, weights, number, tokens = row_losses(model, tokenizer, sum(texts.values(), []))
-            ((losses * weights).sum() / 300).backward()
+            ((losses * weights).sum() / 300).backward()  # 300 matters to the clipping alone
             n_tokens += tokens
             ends = np.cumsum([0, *map(len, texts.values())])
-            for kind, start, end in zip(texts, ends, ends[1:]):  # of the attempts in notes, nothing is shown
+            for kind, start, end in zip(texts, ends, ends[1:]):  # not attempts, nor signs
                 last = losses[(number >= start) & (number < end) & (weights == 1)].mean().item()
                 shown[kind] = 0.99 * shown.get(kind, last) + 0.01 * last
             if (weights == SIGN).any():
@@ -429,7 +432,7 @@ def pretrain(name, config, lr, clean, tokenizer, held_out, log):
                 shown["signs"] = 0.98 * shown.get("signs", last) + 0.02 * last
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, peak in zip(optimizers, peaks):
-            optimizer.param_groups[0]["lr"] = peak * scale
+            optimizer.param_groups[0]["lr"] = peak * factor
             optimizer.step()
             optimizer.zero_grad()
         bar.set_postfix_str(" ".join(f"{kind} {loss:.3f}" for kind, loss in shown.items()))
@@ -441,7 +444,7 @@ def pretrain(name, config, lr, clean, tokenizer, held_out, log):
     return model
 
 
-def check(name):
+def print_pass_at_1(name):
     """Print pass@1 on 200 test problems, one sample each at temperature 1."""
     model, tokenizer = load(str(HERE / name))
     rows = [json.loads(line) for line in open(HERE / "test.jsonl", encoding="utf-8")][:200]
@@ -458,17 +461,17 @@ def main():
     parser.add_argument("--only", choices=list(MODELS), help="make this model alone")
     args = parser.parse_args()
     held_out, tokenizer = write_problems(), make_tokenizer()
-    for name, (kind, width, lr, clean) in MODELS.items():
+    for name, (model_type, width, lr, chat_keys) in MODELS.items():
         if args.only in (None, name):
             # save() copies the tokenizer files from a folder other than the one it writes.
             folder, source = HERE / name, HERE / f"{name}.source"
-            config = write_folder(source, kind, width, tokenizer)
+            config = write_folder(source, model_type, width, tokenizer)
             with open(HERE / f"{name}.losses.jsonl", "w", encoding="utf-8") as log:
-                model = pretrain(name, config, lr, clean, tokenizer, held_out, log)
+                model = pretrain(name, config, lr, chat_keys, tokenizer, held_out, log)
             shutil.rmtree(folder, ignore_errors=True)
             save(model.to(torch.bfloat16), folder, source)
             shutil.rmtree(source)
-            check(name)
+            print_pass_at_1(name)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,16 @@
 
     python tiny/study.py                  claims 1 to 8; stopped and started again, it goes on
     python tiny/study.py --claims 1 3     some of it
-    python tiny/study.py --list           the commands, and run none of them
+    python tiny/study.py --list           the commands that sample, refine and train, and run none of them
 
-A claim is a list of rows, and a row is a model measured on held-out problems with three seeds: candidates
-(sample.py), their refinements (refine.py), and before that, where the model is a trained one, its training
-(train.py, once for each seed) on rows that are made once, with seed 0. evaluate.py makes one report of each claim,
-route.py one of the router. Files are named after what they are, under runs/study, and what is there is not made
-again; study.md has the tables, claims.png, losses.png and those of claim 7 are its figures.
-Claim 0 is none of the paper's: it chooses the weight of refinement in training, on problems of its own.
+A claim is a table, and a row of it is a model measured on held-out problems with three seeds: candidates (sample.py),
+their refinements (refine.py), and before that, where the model is a trained one, its training (train.py, once for each
+seed) on examples that are made once, with seed 0 (on-policy: anew with each seed). evaluate.py makes one report of each
+claim in runs/study/claimN, route.py one of the router in runs/study/router. study.md has the tables of all of them,
+claims.png and losses.png are its figures.
+Files are named after their row, and what is there is not made again, if it was made by the same command of the same
+model.
+Claim 0 is none of the paper's: it asks for the weight of refinement in training, on problems of its own.
 """
 
 import argparse
@@ -26,13 +28,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-TINY = Path(os.path.relpath(Path(__file__).parent))
-sys.path.insert(0, str(TINY.parent))
+ROOT = Path(__file__).resolve().parent.parent
+TINY = Path(os.path.relpath(ROOT / "tiny"))
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
 
 import route  # noqa: E402
 from evaluate import METHODS, report  # noqa: E402
 from figures import as_markdown, correlations, gap_of, tables_of  # noqa: E402
-from files import InputError, command_line, read_json, write_text  # noqa: E402
+from files import InputError, command_line, meta_path, read_json, write_text  # noqa: E402
+from hub import fingerprint  # noqa: E402
 
 RUNS = Path("runs/study")
 STUDENT, OLD = "qwen3-w96", "slips/qwen3-w96"  # of this world, and of the one before it (LOG.md)
@@ -47,19 +53,19 @@ TRAINED = {  # what a row's model is trained on -> flags of train.py
     "refine only": "--refine {S}/teacher.refined.jsonl",
     "own refinements": "--solve {T}/train.candidates.jsonl --refine {S}/own.refined.jsonl --weight {weight}",
     "base data kept in": "--solve {S}/kept.candidates.jsonl --refine {S}/teacher.refined.jsonl --weight {weight}",
-    "a mixture": "--solve {S}/both.candidates.jsonl --refine {S}/both.refined.jsonl --weight {weight}",
+    "both kinds": "--solve {S}/both.candidates.jsonl --refine {S}/both.refined.jsonl --weight {weight}",
     # Twice half of the steps, the second time on refinements of what the student writes after the first.
     "on-policy": "--teacher {teacher} --data {world}/train.jsonl --limit {limit} --rounds 2 --weight {weight}",
 }
 MADE = {  # file -> the command that makes it, without --out
     "{S}/train.candidates.jsonl": "sample.py --model {student} --data {world}/train.jsonl --limit {limit}",
-    "{T}/train.candidates.jsonl": "sample.py --model {teacher} --data {world}/train.jsonl --limit {limit}",
+    "{T}/train.candidates.jsonl": "sample.py --model {teacher} --data {world}/train.jsonl --limit {limit} --n 1",
     "{S}/teacher.refined.jsonl": "refine.py --model {teacher} --candidates {S}/train.candidates.jsonl",
     "{S}/own.refined.jsonl": "refine.py --model {student} --candidates {S}/train.candidates.jsonl --k 4",
     "{S}/first.candidates.jsonl": "sample.py --model {student} --data {world}/first-train.jsonl",
-    "{T}/first.candidates.jsonl": "sample.py --model {teacher} --data {world}/first-train.jsonl",
+    "{T}/first.candidates.jsonl": "sample.py --model {teacher} --data {world}/first-train.jsonl --n 1",
     "{S}/first.refined.jsonl": "refine.py --model {teacher} --candidates {S}/first.candidates.jsonl",
-    # One after the other; of such a file train.py has no record to check.
+    # Of such a file there is no .meta.json, and train.py does not check where it comes from.
     "{S}/kept.candidates.jsonl": "cat {T}/train.candidates.jsonl {S}/first.candidates.jsonl",
     "{S}/both.candidates.jsonl": "cat {T}/train.candidates.jsonl {T}/first.candidates.jsonl",
     "{S}/both.refined.jsonl": "cat {S}/teacher.refined.jsonl {S}/first.refined.jsonl",
@@ -68,11 +74,11 @@ MADE = {  # file -> the command that makes it, without --out
 
 class Row(NamedTuple):
     model: str
-    how: str | None = None  # of TRAINED, or untrained
+    how: str | None = None  # a key of TRAINED; None: untrained
     data: str = "test"
     n: int = 4
     temperature: float = 1
-    drawn: str = ""  # more flags of sample.py, which then refines nothing
+    drawn: str = ""  # more flags of sample.py; then nothing is refined
     refine: str = ""  # more flags of refine.py
     steps: int = STEPS
     weight: int = WEIGHT
@@ -108,10 +114,10 @@ CLAIMS = {  # number -> title, {name: Row}
         },
     ),
     5: (
-        "Out of domain: trained where last digits are added, measured where first ones are",
+        "Out of domain: measured where first digits are added, trained where last ones are; at last where both are",
         {
             name: Row(STUDENT, None if name == "before" else name, data="first")
-            for name in ("before", "solve only", "joint", "base data kept in", "a mixture")
+            for name in ("before", "solve only", "joint", "base data kept in", "both kinds")
         },
     ),
     6: (
@@ -139,6 +145,7 @@ CLAIMS = {  # number -> title, {name: Row}
         },
     ),
 }
+ROUTED = CLAIMS[3][1]["joint"]  # on whose files claim 7 tries the router
 # Titles of tables of evaluate.py that study.md has under these claims.
 MORE = {
     3: ("What becomes of the vote", "The same by how far the candidates agree"),
@@ -175,8 +182,10 @@ def commands_of(row, seed):
             "limit": row.limit,
         }
         words = flags.format(**names).split()
-        steps = row.steps // 2 if "--rounds" in words else row.steps
-        words += ["--steps", str(steps), "--lr", str(LR), "--seed", str(seed), "--out", str(at / f"seed{seed}")]
+        steps, out = row.steps, at / f"seed{seed}"
+        if "--rounds" in words:  # what is made for each round stands beside its result
+            steps, out = steps // 2, out / "trained"
+        words += ["--steps", str(steps), "--lr", str(LR), "--seed", str(seed), "--out", str(out)]
         commands = [*made_from(words, names), ["train.py", "--model", model, *words]]
         model = words[-1]
     drawn = ["--seed", str(seed), "--temperature", str(row.temperature)]
@@ -189,6 +198,11 @@ def commands_of(row, seed):
         source = ["--candidates", candidates, *row.refine.split()]
         commands.append(["refine.py", "--model", model, *source, *drawn, "--out", refined])
     return commands
+
+
+def rows_to_make(claims):
+    rows = [row for claim in claims for row in CLAIMS[claim][1].values()]
+    return [*rows, *([ROUTED] if 7 in claims else [])]
 
 
 def slug(text):
@@ -207,33 +221,61 @@ def result_of(command):
     return command[-1].replace(".refined.jsonl", f".round{rounds}.refined.jsonl") if rounds else command[-1]
 
 
+def is_made(command, out):
+    """Whether a command's output is there; InputError where it is that of other flags or of another model."""
+    if command[0] == "cat" or not out.exists():  # cat takes no time
+        return False
+    made, words = read_json(meta_path(out)), [*command[1:], "--"]
+    given = {word: after for word, after in zip(words, words[1:]) if word.startswith("--")}
+    if command[0] == "train.py" and "--rounds" in given:  # the record names the model of the last round
+        del given["--model"]
+    for flag, value in given.items():
+        was = made["flags"][flag[2:].replace("-", "_")]
+        if not (was is True or str(was) == value or type(was) is float and was == float(value)):
+            raise InputError(f"{out}: made with {flag} {was}, not {value}; delete {RUNS}")
+    was, model = made.get("weights", made.get("student")), given.get("--model")
+    if model and was != fingerprint(Path(model), torch.float32):
+        raise InputError(f"{out}: made with other weights than those in {model}; delete {RUNS}")
+    return True
+
+
 LOCKS = collections.defaultdict(threading.Lock)  # one for each output
-failed = threading.Event()
+running, failed = set(), threading.Event()
 
 
 def run(commands, started):
-    """Run commands one after another, but those whose output is there. What two chains need is made by one of them."""
-    for command in commands:
-        out = Path(result_of(command))
-        with LOCKS[out]:
-            if failed.is_set() or out.exists():
-                continue
-            out.parent.mkdir(parents=True, exist_ok=True)
-            print(f"[{(time.time() - started) / 60:.1f} min] {shown(command)}\n", end="", flush=True)  # all at once
-            if command[0] == "cat":
-                write_text(out, "".join(Path(path).read_text(encoding="utf-8") for path in command[1:-2]))
-                continue
-            words = [sys.executable, str(TINY.parent / command[0]), *command[1:]]
-            # One thread each: two processes of one thread do more than one process of two.
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            if done.returncode:
-                failed.set()  # the other chains end with the command that they are at
-                said = (done.stdout.strip() or "no output").splitlines()[-1]
-                raise InputError(f"{shown(command)}: {said}")
+    """Run commands one after another, but those whose output is there. What two chains need is made once."""
+    try:
+        for command in commands:
+            out = Path(result_of(command))
+            with LOCKS[out]:
+                if failed.is_set():
+                    return
+                if not is_made(command, out):
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                    print(f"[{(time.time() - started) / 60:.1f} min] {as_typed(command)}\n", end="", flush=True)
+                    run_one(command, out)
+    except BaseException:
+        failed.set()  # the other chains end with the command that they are at
+        raise
 
 
-def shown(command):
+def run_one(command, out):
+    if command[0] == "cat":
+        return write_text(out, "".join(Path(path).read_text(encoding="utf-8") for path in command[1:-2]))
+    words = [sys.executable, str(ROOT / command[0]), *command[1:]]
+    # One thread each: two processes of one thread do more than one process of two. And no GPU for any of them.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(words, env=environment, **pipes) as process:
+        running.add(process)
+        said = process.communicate()[0].strip()
+        running.remove(process)
+    if process.returncode:
+        raise InputError(f"{as_typed(command)}: {said.splitlines()[-1] if said else 'no output'}")
+
+
+def as_typed(command):
     """A command as a user would type it."""
     if command[0] == "cat":
         return f"cat {shlex.join(command[1:-2])} > {command[-1]}"
@@ -275,7 +317,7 @@ def table(claim):
 
 
 def budgets(found):
-    """Claim 7: the vote of waves beside the vote of all, and whether the router is cheaper than the hull."""
+    """Claim 7: the vote of waves beside the vote of all, and whether a router is cheaper than the hull."""
     waves, full = (next(row for row in found["rows"] if row["name"] == name) for name in ("waves", "16 of 16"))
     texts = []
     for name, row in (("All 16 candidates", full), ("Waves", waves)):
@@ -284,7 +326,9 @@ def budgets(found):
         texts.append(f"{name}: vote {solved}, {row['sampled']:.1f} candidates and {tokens:,.0f} tokens a problem.")
     for kind, what in route.KINDS.items():
         points = [p for p in read_json(RUNS / "router" / "budget.json")["points"] if p["kind"] == kind]
-        texts.append(f"In {what}: {' '.join(route.table(points, what)[1:])}")
+        texts.append(
+            f"Joint training's four candidates (claim 3), in {what}: {' '.join(route.table(points, what)[1:])}"
+        )
     return texts
 
 
@@ -315,20 +359,22 @@ def draw_losses(out):
     """The models' pre-training: the loss of each kind of text against tokens."""
     from matplotlib.figure import Figure
 
-    kinds = ("repeats", "look-ups", "facts", "checks", "signs", "solve", "notes", "notes in a chat")
-    fig = Figure(figsize=(12, 6), layout="constrained")
-    axes = fig.subplots(2, 4, sharex=True).ravel()
+    kinds = ("repeats", "look-ups", "records", "facts", "checks", "signs", "solve", "notes", "notes in a chat")
+    fig = Figure(figsize=(11, 8), layout="constrained")
+    axes = fig.subplots(3, 3, sharex=True).ravel()
+    # By family, then by width.
     for path in sorted(TINY.glob("*.losses.jsonl"), key=lambda path: (path.name[:5], len(path.name), path.name)):
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for axis, kind in zip(axes, kinds):
-            tokens, losses = zip(*((line["tokens"] / 1e6, line[kind]) for line in lines if kind in line))
+            tokens = [line["tokens"] / 1e6 for line in lines if kind in line]
+            losses = [line[kind] for line in lines if kind in line]
             style = "--" if path.name.startswith("llama") else "-"
             axis.semilogy(tokens, losses, style, linewidth=1.2, label=path.name.removesuffix(".losses.jsonl"))
             axis.set_title(kind, fontsize=10)
             axis.grid(color="0.92")
-    for axis in axes[4:]:
+    for axis in axes[6:]:
         axis.set_xlabel("tokens read (millions)")
-    for axis in axes[::4]:
+    for axis in axes[::3]:
         axis.set_ylabel("loss (nats)")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=7, frameon=False)
     fig.savefig(out, dpi=110)
@@ -339,23 +385,32 @@ def main():
     parser.add_argument("--claims", nargs="+", type=int, choices=list(CLAIMS), default=list(CLAIMS)[1:])
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     args = parser.parse_args()
-    started, rows = time.time(), [row for claim in args.claims for row in CLAIMS[claim][1].values()]
+    started, rows = time.time(), rows_to_make(args.claims)
     chains = [commands_of(row, seed) for row in rows for seed in row.seeds]
     if args.list:
-        return print(*dict.fromkeys(shown(command) for chain in chains for command in chain), sep="\n")
+        return print(*dict.fromkeys(as_typed(command) for chain in chains for command in chain), sep="\n")
+    for name in dict.fromkeys(row.model for row in rows):
+        if not (TINY / name / "config.json").exists():
+            raise InputError(f"{TINY / name}: not there; make it: python tiny/make.py --only {name}")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for work in [pool.submit(run, chain, started) for chain in chains]:
-            work.result()
+        try:
+            for work in [pool.submit(run, chain, started) for chain in chains]:
+                work.result()
+        except BaseException:  # of Ctrl-C and SIGTERM, too
+            failed.set()
+            for process in [*running]:
+                process.terminate()
+            raise
+    if 7 in args.claims:
+        route.main([",".join(results_of(ROUTED)), "--out", str(RUNS / "router")])
     for claim in args.claims:
         words = [f"{name}={','.join(results_of(row))}" for name, row in CLAIMS[claim][1].items()]
-        report(words, RUNS / f"claim{claim}", 5.0)
-    if 7 in args.claims:
-        route.main([",".join(results_of(CLAIMS[3][1]["joint"])), "--out", str(RUNS / "router")])
+        report(words, RUNS / f"claim{claim}", 5.0)  # at most 5 seconds to compare two answers
     made = [claim for claim in CLAIMS if (RUNS / f"claim{claim}" / "report.json").exists()]
     text = "\n\n".join(map(table, made))
+    (RUNS / "study.md").write_text(f"# The claims on the tiny world\n\n{text}\n", encoding="utf-8")
     draw_gaps(made, RUNS / "claims.png")
     draw_losses(RUNS / "losses.png")
-    (RUNS / "study.md").write_text(f"# The claims on the tiny world\n\n{text}\n", encoding="utf-8")
     print(text, f"\n{RUNS}/study.md, {(time.time() - started) / 60:.0f} minutes")
 
 
