@@ -1,6 +1,6 @@
 # make setup   a virtual environment in .venv with the pinned requirements
 # make demo    the whole method on the built-in tiny model, in minutes on a CPU
-# make questions   what reviewers ask, on the demo's trained model, in about 11 minutes on a CPU
+# make questions   what reviewers ask, on the demo's trained model, in minutes on a CPU
 # make real    the same on a real model, on a GPU if there is one: see the variables below
 # make study   the paper's claims on the built-in tiny models, on three seeds, in about 100 minutes; stopped, it goes on
 # make test    the tests

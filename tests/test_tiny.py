@@ -125,4 +125,4 @@ def test_study_goes_on_where_it_was(tmp_path):
     text = (tmp_path / "runs" / "study" / "study.md").read_text(encoding="utf-8")
     assert text.count("| joint |") == 3 and text.count("\n## ") == 2
     (tmp_path / "tiny" / "study.py").write_text(study.replace("WEIGHT = 2", "WEIGHT = 3"), encoding="utf-8")
-    assert "made with --steps 2, not 3" in run(2)  # not the results of other settings as those of these
+    assert "made with steps 2, not 3" in run(2)  # not the results of other settings as those of these

@@ -39,6 +39,7 @@ from evaluate import METHODS, report  # noqa: E402
 from figures import as_markdown, correlations, gap_of, tables_of  # noqa: E402
 from files import InputError, command_line, meta_path, read_json, write_text  # noqa: E402
 from hub import fingerprint  # noqa: E402
+from train import made_otherwise  # noqa: E402
 
 RUNS = Path("runs/study")
 STUDENT, OLD = "qwen3-w96", "slips/qwen3-w96"  # of this world, and of the one before it (LOG.md)
@@ -225,18 +226,24 @@ def is_made(command, out):
         return False
     if command[0] == "cat":
         return out.read_text(encoding="utf-8") == together(command)
-    made, words = read_json(meta_path(out)), [*command[1:], "--"]
-    given = {word: after for word, after in zip(words, words[1:]) if word.startswith("--")}
-    if command[0] == "train.py" and "--rounds" in given:  # the record names the model of the last round
-        del given["--model"]
-    for flag, value in given.items():
-        was = made["flags"][flag[2:].replace("-", "_")]
-        if not (was is True or str(was) == value or type(was) is float and was == float(value)):
-            raise InputError(f"{out}: made with {flag} {was}, not {value}; delete {RUNS}")
-    was, model = made.get("weights", made.get("student")), given.get("--model")
-    if model and was != fingerprint(Path(model), torch.float32):
-        raise InputError(f"{out}: made with other weights than those in {model}; delete {RUNS}")
+    words = [*command[1:], "--"]
+    given = {word[2:].replace("-", "_"): value(after) for word, after in zip(words, words[1:]) if word.startswith("--")}
+    if command[0] == "train.py" and "rounds" in given:  # the record names the model of the last round
+        del given["model"]
+    if differs := made_otherwise(out, given):
+        raise InputError(f"{differs}; delete {RUNS}")
+    made, model = read_json(meta_path(out)), given.get("model")
+    if model and made.get("weights", made.get("student")) != fingerprint(Path(model), torch.float32):
+        raise InputError(f"{out} was made with other weights than those in {model}; delete {RUNS}")
     return True
+
+
+def value(word):
+    """A flag's value as the record has it: a number, a text, or True of a flag that stands alone."""
+    try:
+        return float(word)
+    except ValueError:
+        return True if word.startswith("--") else word
 
 
 LOCKS = collections.defaultdict(threading.Lock)  # one for each output
@@ -331,9 +338,7 @@ def budgets(found):
         texts.append(f"{name}: vote {solved}, {row['sampled']:.1f} candidates and {tokens:,.0f} tokens a problem.")
     for kind, what in route.KINDS.items():
         points = [p for p in read_json(RUNS / "router" / "budget.json")["points"] if p["kind"] == kind]
-        texts.append(
-            f"Joint training's four candidates (claim 3), in {what}: {' '.join(route.table(points, what)[1:])}"
-        )
+        texts.append(f"Candidates of claim 3's joint, in {what}: {' '.join(route.table(points, what)[1:])}")
     return texts
 
 
@@ -413,7 +418,7 @@ def main():
         report(words, RUNS / f"claim{claim}", 5.0)  # at most 5 seconds to compare two answers
     made = [claim for claim in CLAIMS if (RUNS / f"claim{claim}" / "report.json").exists()]
     text = "\n\n".join(map(table, made))
-    (RUNS / "study.md").write_text(f"# The claims on the tiny world\n\n{text}\n", encoding="utf-8")
+    write_text(RUNS / "study.md", f"# The claims on the tiny world\n\n{text}\n")
     draw_gaps(made, RUNS / "claims.png")
     draw_losses(RUNS / "losses.png")
     print(text, f"\n{RUNS}/study.md, {(time.time() - started) / 60:.0f} minutes")
