@@ -41,7 +41,7 @@ Please reason step by step, and put your final answer within \\boxed{{}}."""
 def refinement_message(problem, candidates):
     """The user message of a refinement: `problem` and `candidates`, texts in the order in which to show them.
 
-    The wording is ours (the paper's is not public), and each sentence has its reason:
+    The wording is ours (the paper's abstract has none), and each sentence has its reason:
 
     - "Some or all ... may be wrong": a model trusts what stands in its prompt; without the warning it
       copies the majority, or the first, also when all are wrong.

@@ -9,8 +9,8 @@ their refinements (refine.py), and before that, where the model is a trained one
 seed) on examples that are made once, with seed 0 (on-policy: anew with each seed). evaluate.py makes one report of each
 claim in runs/study/claimN, route.py one of the router in runs/study/router. study.md has the tables of all of them,
 claims.png and losses.png are its figures.
-Files are named after their row, and what is there is not made again, if it was made by the same command of the same
-model.
+Files are named after model, training and sampling, and what is there is not made again, if it was made by the same
+command of the same model.
 Claim 0 is none of the paper's: it asks for the weight of refinement in training, on problems of its own.
 """
 
@@ -47,7 +47,7 @@ TEACHERS = {".": "teacher-w160", "slips": "slips/qwen3-w192"}
 SIZES = ("qwen3-w48", "qwen3-w64", "qwen3-w80", "qwen3-w96", "qwen3-w128")
 STEPS, LR, WEIGHT = 60, 1e-3, 1
 
-# {student}, {teacher}: their folders; {S}, {T}: where what they wrote stands; {world}: the folder of the problems.
+# {student}, {teacher}: their folders; {S}, {T}: the folders of what they wrote; {world}: the folder of the problems.
 TRAINED = {  # what a row's model is trained on -> flags of train.py
     "joint": "--solve {T}/train.candidates.jsonl --refine {S}/teacher.refined.jsonl --weight {weight}",
     "solve only": "--solve {T}/train.candidates.jsonl",
@@ -55,7 +55,7 @@ TRAINED = {  # what a row's model is trained on -> flags of train.py
     "own refinements": "--solve {T}/train.candidates.jsonl --refine {S}/own.refined.jsonl --weight {weight}",
     "base data kept in": "--solve {S}/kept.candidates.jsonl --refine {S}/teacher.refined.jsonl --weight {weight}",
     "both kinds": "--solve {S}/both.candidates.jsonl --refine {S}/both.refined.jsonl --weight {weight}",
-    # Twice half of the steps, the second time on refinements of what the student writes after the first.
+    # Two rounds of half the steps each, the second on refinements of what the student writes after the first.
     "on-policy": "--teacher {teacher} --data {world}/train.jsonl --limit {limit} --rounds 2 --weight {weight}",
 }
 MADE = {  # file -> the command that makes it, without --out
@@ -115,7 +115,7 @@ CLAIMS = {  # number -> title, {name: Row}
         },
     ),
     5: (
-        "Out of domain: measured where first digits are added, trained where last ones are; at last where both are",
+        "Out of domain: measured where first digits are added, trained where last ones are; the last row on both",
         {
             name: Row(STUDENT, None if name == "before" else name, data="first")
             for name in ("before", "solve only", "joint", "base data kept in", "both kinds")
@@ -228,7 +228,7 @@ def is_made(command, out):
         return False
     if command[0] == "cat":
         return out.read_text(encoding="utf-8") == together(command)
-    words = [*command[1:], "--"]
+    words = [*command[1:], "--"]  # a flag that a flag follows is True, the last one, too
     given = {word[2:].replace("-", "_"): value(after) for word, after in zip(words, words[1:]) if word.startswith("--")}
     if command[0] == "train.py" and "rounds" in given:  # the record names the model of the last round
         del given["model"]
