@@ -54,7 +54,6 @@ TRAINED = {  # what a row's model is trained on -> flags of train.py
     "refine only": "--refine {S}/teacher.refined.jsonl",
     "own refinements": "--solve {T}/train.candidates.jsonl --refine {S}/own.refined.jsonl --weight {weight}",
     "base data kept in": "--solve {S}/kept.candidates.jsonl --refine {S}/teacher.refined.jsonl --weight {weight}",
-    "both kinds": "--solve {S}/both.candidates.jsonl --refine {S}/both.refined.jsonl --weight {weight}",
     # Two rounds of half the steps each, the second on refinements of what the student writes after the first.
     "on-policy": "--teacher {teacher} --data {world}/train.jsonl --limit {limit} --rounds 2 --weight {weight}",
 }
@@ -62,14 +61,10 @@ MADE = {  # file -> the command that makes it, without --out
     "{S}/train.candidates.jsonl": "sample.py --model {student} --data {world}/train.jsonl --limit {limit}",
     "{T}/train.candidates.jsonl": "sample.py --model {teacher} --data {world}/train.jsonl --limit {limit} --n 1",
     "{S}/teacher.refined.jsonl": "refine.py --model {teacher} --candidates {S}/train.candidates.jsonl",
-    "{S}/own.refined.jsonl": "refine.py --model {student} --candidates {S}/train.candidates.jsonl --k 4",
+    "{S}/own.refined.jsonl": "refine.py --model {student} --candidates {S}/train.candidates.jsonl --k 2",
     "{S}/first.candidates.jsonl": "sample.py --model {student} --data {world}/first-train.jsonl",
-    "{T}/first.candidates.jsonl": "sample.py --model {teacher} --data {world}/first-train.jsonl --n 1",
-    "{S}/first.refined.jsonl": "refine.py --model {teacher} --candidates {S}/first.candidates.jsonl",
     # Of such a file there is no .meta.json, and train.py does not check where it comes from.
     "{S}/kept.candidates.jsonl": "cat {T}/train.candidates.jsonl {S}/first.candidates.jsonl",
-    "{S}/both.candidates.jsonl": "cat {T}/train.candidates.jsonl {T}/first.candidates.jsonl",
-    "{S}/both.refined.jsonl": "cat {S}/teacher.refined.jsonl {S}/first.refined.jsonl",
 }
 
 
@@ -79,14 +74,15 @@ class Row(NamedTuple):
     data: str = "test"
     n: int = 4
     temperature: float = 1
-    drawn: str = ""  # more flags of sample.py; then nothing is refined
-    refine: str = ""  # more flags of refine.py
+    drawn: str = ""  # more flags of sample.py
+    refine: str | None = ""  # more flags of refine.py; None: nothing is refined
     steps: int = STEPS
     weight: int = WEIGHT
     limit: int = 1000  # problems to train on
     seeds: tuple = (0, 1, 2)
 
 
+SIXTEEN = Row(STUDENT, "joint", n=16, drawn="--limit 250")  # half of the problems: each takes 16 candidates, 13 refinements
 CLAIMS = {  # number -> title, {name: Row}
     0: (
         "The weight of refinement, on problems of its own",
@@ -115,10 +111,10 @@ CLAIMS = {  # number -> title, {name: Row}
         },
     ),
     5: (
-        "Out of domain: measured where first digits are added, trained where last ones are; the last row on both",
+        "Out of domain: measured where first digits are added, trained where last ones are",
         {
             name: Row(STUDENT, None if name == "before" else name, data="first")
-            for name in ("before", "solve only", "joint", "base data kept in", "both kinds")
+            for name in ("before", "solve only", "joint", "base data kept in")
         },
     ),
     6: (
@@ -133,9 +129,9 @@ CLAIMS = {  # number -> title, {name: Row}
     7: (
         "What reviewers ask: the number shown, rounds, a vote that stops",
         {
-            **{f"{k} of 16": Row(STUDENT, "joint", n=16, refine=f"--shown {k}") for k in (1, 2, 4, 8, 16)},
-            "rounds": Row(STUDENT, "joint", n=16, refine="--k 4 --shown 4 --rounds 2"),
-            "waves": Row(STUDENT, "joint", n=16, drawn="--adaptive"),
+            **{f"{k} of 16": SIXTEEN._replace(refine=f"--shown {k}") for k in (1, 2, 4, 8, 16)},
+            "rounds": SIXTEEN._replace(refine="--k 4 --shown 4 --rounds 2"),
+            "waves": SIXTEEN._replace(drawn=f"{SIXTEEN.drawn} --adaptive", refine=None),
         },
     ),
     8: (
@@ -194,7 +190,7 @@ def commands_of(row, seed):
     candidates = str(at / f"{name}.candidates.jsonl")
     data = ["--data", str(TINY / f"{row.data}.jsonl"), "--n", str(row.n), *row.drawn.split()]
     commands.append(["sample.py", "--model", model, *data, *drawn, "--out", candidates])
-    if not row.drawn:
+    if row.refine is not None:
         refined = str(at / f"{name}{slug(row.refine)}.refined.jsonl")
         source = ["--candidates", candidates, *row.refine.split()]
         commands.append(["refine.py", "--model", model, *source, *drawn, "--out", refined])
