@@ -39,9 +39,15 @@ CHATML = (
 )
 
 
-def write_tokenizer(folder, eos_ids=(2,)):
-    """A byte-level BPE tokenizer without merges: 256 bytes, and a few control tokens before them."""
+def write_tokenizer(folder, eos_ids=(2,), answer=None):
+    r"""A byte-level BPE tokenizer without merges: 256 bytes, and a few control tokens before them.
+
+    With an `answer`, 90 tokens of bytes that no ASCII text has are \boxed{answer} instead, so that a random model is
+    often right.
+    """
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    if answer:
+        alphabet = [f"\\boxed{{{answer}}}{char}" if 0xA1 <= ord(char) <= 0xFF else char for char in alphabet]
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     vocab = {word: i for i, word in enumerate(control + alphabet)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))

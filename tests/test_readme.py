@@ -28,7 +28,8 @@ def test_readme_commands_run(data, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     student = make_folder(tmp_path / "student", max_position_embeddings=2048)
     teacher = make_folder(tmp_path / "teacher", seed=1, max_position_embeddings=2048)
-    write_tokenizer(teacher, eos_ids=range(2, 60))  # it often stops: what the length limit cuts off is not learned
+    # It often stops, and with an answer: what the length limit cuts off and what is wrong is not learned.
+    write_tokenizer(teacher, eos_ids=range(2, 60), answer="1")
     rows = [{"id": i, "problem": f"{i}?", "answer": "1"} for i in range(6)]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, folder in (("qwen-1.5b", student), ("qwen-7b", teacher)):
@@ -42,7 +43,6 @@ def test_readme_commands_run(data, tmp_path, monkeypatch):  # noqa: F811
 
     instead = SimpleNamespace(run=in_this_process, Popen=subprocess.Popen, PIPE=subprocess.PIPE)
     monkeypatch.setattr(evaluate, "subprocess", instead)
-    monkeypatch.setattr(evaluate.Grader, "equal", lambda *_: True)  # random models are right about nothing
     for name, path in zip(("s.candidates.jsonl", "r.refined.jsonl"), data):
         (tmp_path / name).write_bytes(open(path, "rb").read())
     ran = 0

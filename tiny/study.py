@@ -82,7 +82,8 @@ class Row(NamedTuple):
     seeds: tuple = (0, 1, 2)
 
 
-SIXTEEN = Row(STUDENT, "joint", n=16, drawn="--limit 250")  # half of the problems: each takes 16 candidates, 13 refinements
+# Half of the problems, since each takes 16 candidates and 13 refinements.
+SIXTEEN = Row(STUDENT, "joint", n=16, drawn="--limit 250")
 CLAIMS = {  # number -> title, {name: Row}
     0: (
         "The weight of refinement, on problems of its own",
