@@ -2,7 +2,7 @@
 # make demo    the whole method on the built-in tiny model, in minutes on a CPU
 # make questions   what reviewers ask, on the demo's trained model, in minutes on a CPU
 # make real    the same on a real model, on a GPU if there is one: see the variables below
-# make study   the paper's claims on the built-in tiny models, on three seeds, in about 100 minutes; stopped, it goes on
+# make study   the paper's claims on the built-in tiny models, on three seeds, in about 90 minutes; stopped, it goes on
 # make test    the tests
 # make bench   sampling and training on a CPU, beside transformers; GSR_REAL_MODEL is the folder of
 #              SmolLM2-135M-Instruct, and GSR_PROBLEMS has gsm8k.jsonl and svamp.jsonl
