@@ -42,8 +42,8 @@ CHATML = (
 def write_tokenizer(folder, eos_ids=(2,), answer=None):
     r"""A byte-level BPE tokenizer without merges: 256 bytes, and a few control tokens before them.
 
-    With an `answer`, 90 tokens of bytes that no ASCII text has are \boxed{answer} instead, so that a random model is
-    often right.
+    With an `answer`, the 94 tokens of bytes that no ASCII text has begin with \boxed{answer}, so that a random model is
+    often right; when it reads such bytes, it leaves them out.
     """
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     if answer:

@@ -112,8 +112,8 @@ def test_study_goes_on_where_it_was(tmp_path):
         study = study.replace(there, small)
     (tmp_path / "tiny" / "study.py").write_text(study, encoding="utf-8")
 
-    def run(code=0):
-        words = [sys.executable, "tiny/study.py", "--claims", "1", "3"]
+    def run(code=0, claims=("1", "3")):
+        words = [sys.executable, "tiny/study.py", "--claims", *claims]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == code, done.stderr
         return done.stdout + done.stderr
@@ -122,7 +122,10 @@ def test_study_goes_on_where_it_was(tmp_path):
     assert first.count(" min] python ") == 3 + 2 * 4 + 2  # the data, four rows, of which two are trained
     (tmp_path / "runs" / "study" / "claim3" / "report.json").unlink()
     assert " min] python " not in run()
-    text = (tmp_path / "runs" / "study" / "study.md").read_text(encoding="utf-8")
+    report = tmp_path / "runs" / "study" / "study.md"
+    text = report.read_text(encoding="utf-8")
     assert text.count("| joint |") == 3 and text.count("\n## ") == 2
     (tmp_path / "tiny" / "study.py").write_text(study.replace("WEIGHT = 2", "WEIGHT = 3"), encoding="utf-8")
     assert "made with steps 2, not 3" in run(2)  # not the results of other settings as those of these
+    run(claims=["1"])
+    assert report.read_text(encoding="utf-8").count("\n## ") == 1  # nor their tables

@@ -1048,6 +1048,7 @@ def test_two_rounds_are_what_two_commands_by_hand_make(world, student, two_round
     assert [meta["model"] for meta in metas] == [str(student), str(rounds[0])]
     assert [(meta["flags"]["round"], meta["flags"]["rounds"]) for meta in metas] == [(1, 2), (2, 2)]
     assert all(meta["complete"] and meta["spent"]["steps"] == 5 for meta in metas)
+    assert all(meta["data"][task]["rows"] > 2 for meta in metas for task in ("solve", "refine")), "little to learn from"
 
     there = content_of(folder)
     capsys.readouterr()

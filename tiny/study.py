@@ -7,8 +7,8 @@
 A claim is a table, and a row of it is a model measured on held-out problems with three seeds: candidates (sample.py),
 their refinements (refine.py), and before that, where the model is a trained one, its training (train.py, once for each
 seed) on examples that are made once, with seed 0 (on-policy: anew with each seed). evaluate.py makes one report of each
-claim in runs/study/claimN, route.py one of the router in runs/study/router. study.md has the tables of all of them,
-claims.png and losses.png are its figures.
+claim in runs/study/claimN, route.py one of the router in runs/study/router. study.md has the tables of all that are
+made, claims.png and losses.png are its figures.
 Files are named after model, training and sampling, and what is there is not made again, if it was made by the same
 command of the same model.
 Claim 0 is none of the paper's: it asks for the weight of refinement in training, on problems of its own.
@@ -54,12 +54,13 @@ TRAINED = {  # what a row's model is trained on -> flags of train.py
     "refine only": "--refine {S}/teacher.refined.jsonl",
     "own refinements": "--solve {T}/train.candidates.jsonl --refine {S}/own.refined.jsonl --weight {weight}",
     "base data kept in": "--solve {S}/kept.candidates.jsonl --refine {S}/teacher.refined.jsonl --weight {weight}",
-    # Two rounds of half the steps each, the second on refinements of what the student writes after the first.
-    "on-policy": "--teacher {teacher} --data {world}/train.jsonl --limit {limit} --rounds 2 --weight {weight}",
+    # Two rounds of half the steps each, the second on refinements of what the student writes after the first. Nothing
+    # of it is shared among the seeds: it is the dearest, and has half of the problems.
+    "on-policy": "--teacher {teacher} --data {world}/train.jsonl --limit 500 --rounds 2 --weight {weight}",
 }
 MADE = {  # file -> the command that makes it, without --out
-    "{S}/train.candidates.jsonl": "sample.py --model {student} --data {world}/train.jsonl --limit {limit}",
-    "{T}/train.candidates.jsonl": "sample.py --model {teacher} --data {world}/train.jsonl --limit {limit} --n 1",
+    "{S}/train.candidates.jsonl": "sample.py --model {student} --data {world}/train.jsonl --limit 1000",
+    "{T}/train.candidates.jsonl": "sample.py --model {teacher} --data {world}/train.jsonl --limit 1000 --n 1",
     "{S}/teacher.refined.jsonl": "refine.py --model {teacher} --candidates {S}/train.candidates.jsonl",
     "{S}/own.refined.jsonl": "refine.py --model {student} --candidates {S}/train.candidates.jsonl --k 2",
     "{S}/first.candidates.jsonl": "sample.py --model {student} --data {world}/first-train.jsonl",
@@ -78,11 +79,10 @@ class Row(NamedTuple):
     refine: str | None = ""  # more flags of refine.py; None: nothing is refined
     steps: int = STEPS
     weight: int = WEIGHT
-    limit: int = 1000  # problems to train on
     seeds: tuple = (0, 1, 2)
 
 
-# Half of the problems, since each takes 16 candidates and 13 refinements.
+# Half of the problems, since each takes 16 candidates, up to 16 more in waves, and 13 refinements.
 SIXTEEN = Row(STUDENT, "joint", n=16, drawn="--limit 250")
 CLAIMS = {  # number -> title, {name: Row}
     0: (
@@ -122,8 +122,7 @@ CLAIMS = {  # number -> title, {name: Row}
         "Ablations",
         {
             **{how: Row(STUDENT, how) for how in ("joint", "refine only", "own refinements")},
-            # The dearest row, since nothing of its training is shared among the seeds: of half as many problems.
-            "on-policy, 500 problems": Row(STUDENT, "on-policy", limit=500),
+            "on-policy, 500 problems": Row(STUDENT, "on-policy"),
             "joint, temperature 0.6": Row(STUDENT, "joint", temperature=0.6),
         },
     ),
@@ -173,12 +172,7 @@ def commands_of(row, seed):
         kind = slug(row.how) + (f"-weight{row.weight}" if "{weight}" in flags else "")
         at = RUNS / row.model / kind
         names = {"student": model, "teacher": str(TINY / TEACHERS[world]), "world": str(TINY / world)}
-        names |= {
-            "S": str(RUNS / row.model),
-            "T": str(RUNS / TEACHERS[world]),
-            "weight": row.weight,
-            "limit": row.limit,
-        }
+        names |= {"S": str(RUNS / row.model), "T": str(RUNS / TEACHERS[world]), "weight": row.weight}
         words = flags.format(**names).split()
         steps, out = row.steps, at / f"seed{seed}"
         if "--rounds" in words:  # what is made for each round stands beside its result
@@ -225,22 +219,32 @@ def is_made(command, out):
         return False
     if command[0] == "cat":
         return out.read_text(encoding="utf-8") == together(command)
-    words = [*command[1:], "--"]  # a flag that a flag follows is True, the last one, too
-    given = {word[2:].replace("-", "_"): value(after) for word, after in zip(words, words[1:]) if word.startswith("--")}
-    if command[0] == "train.py" and "rounds" in given:  # the record names the model of the last round
-        del given["model"]
+    pairs = zip(command[1:], command[2:])
+    given = {word[2:].replace("-", "_"): value(after) for word, after in pairs if word.startswith("--")}
+    if command[0] == "train.py" and "rounds" in given:  # only the record of the first round names the command's model
+        out = Path(given["out"] + ".round1")
+        given["out"] = str(out)
     if differs := made_otherwise(out, given):
         raise InputError(f"{differs}; delete {RUNS}")
-    made, model = read_json(meta_path(out)), given.get("model")
-    if model and made.get("weights", made.get("student")) != fingerprint(Path(model), torch.float32):
+    made, model = read_json(meta_path(out)), given["model"]
+    if made.get("weights", made.get("student")) != fingerprint(Path(model), torch.float32):
         raise InputError(f"{out} was made with other weights than those in {model}; delete {RUNS}")
     return True
+
+
+def all_made(claim):
+    """Whether everything that a claim's report rests on is there, and of today's commands and models."""
+    chains = [commands_of(row, seed) for row in rows_to_make([claim]) for seed in row.seeds]
+    try:
+        return all(is_made(command, Path(result_of(command))) for chain in chains for command in chain)
+    except InputError:
+        return False
 
 
 def value(word):
     """A flag's value as the record has it: a number, a text, or True of a flag that stands alone."""
     try:
-        return float(word)
+        return json.loads(word)
     except ValueError:
         return True if word.startswith("--") else word
 
@@ -396,12 +400,13 @@ def main():
     args = parser.parse_args()
     started, rows = time.time(), rows_to_make(args.claims)
     # All rows of one seed, then of the next: neighbours seldom wait for the same file.
-    chains = [commands_of(row, seed) for seed in range(3) for row in rows if seed in row.seeds]
+    seeds = sorted({seed for row in rows for seed in row.seeds})
+    chains = [commands_of(row, seed) for seed in seeds for row in rows if seed in row.seeds]
     if args.list:
         return print(*dict.fromkeys(as_typed(command) for chain in chains for command in chain), sep="\n")
     for name in dict.fromkeys(row.model for row in rows):
         if not (TINY / name / "config.json").exists():
-            raise InputError(f"{TINY / name}: not there; make it: python tiny/make.py --only {name}")
+            raise InputError(f"{TINY / name}: not there; {TINY}/README.md says what makes it")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
             for work in [pool.submit(run, chain, started) for chain in chains]:
@@ -411,12 +416,12 @@ def main():
             for process in [*running]:
                 process.terminate()
             raise
-    if 7 in args.claims:
+    made = [claim for claim in CLAIMS if claim in args.claims or all_made(claim)]  # of earlier runs, too
+    if 7 in made:
         route.main([",".join(results_of(ROUTED)), "--out", str(RUNS / "router")])
-    for claim in args.claims:
+    for claim in made:
         words = [f"{name}={','.join(results_of(row))}" for name, row in CLAIMS[claim][1].items()]
         report(words, RUNS / f"claim{claim}", 5.0)  # at most 5 seconds to compare two answers
-    made = [claim for claim in CLAIMS if (RUNS / f"claim{claim}" / "report.json").exists()]
     text = "\n\n".join(map(table, made))
     write_text(RUNS / "study.md", f"# The claims on the tiny world\n\n{text}\n")
     draw_gaps(made, RUNS / "claims.png")
