@@ -197,6 +197,13 @@ def rows_to_make(claims):
     return [*rows, *([ROUTED] if 7 in claims else [])]
 
 
+def chains_of(claims):
+    """The commands of every row and seed. All rows of one seed, then of the next: neighbours seldom share a file."""
+    rows = rows_to_make(claims)
+    seeds = sorted({seed for row in rows for seed in row.seeds})
+    return [commands_of(row, seed) for seed in seeds for row in rows if seed in row.seeds]
+
+
 def slug(text):
     """As a part of a file's name."""
     return re.sub(r"\W+", "-", text).rstrip("-")
@@ -234,9 +241,8 @@ def is_made(command, out):
 
 def all_made(claim):
     """Whether everything that a claim's report rests on is there, and of today's commands and models."""
-    chains = [commands_of(row, seed) for row in rows_to_make([claim]) for seed in row.seeds]
     try:
-        return all(is_made(command, Path(result_of(command))) for chain in chains for command in chain)
+        return all(is_made(command, Path(result_of(command))) for chain in chains_of([claim]) for command in chain)
     except InputError:
         return False
 
@@ -398,13 +404,10 @@ def main():
     parser.add_argument("--claims", nargs="+", type=int, choices=list(CLAIMS), default=list(CLAIMS)[1:])
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     args = parser.parse_args()
-    started, rows = time.time(), rows_to_make(args.claims)
-    # All rows of one seed, then of the next: neighbours seldom wait for the same file.
-    seeds = sorted({seed for row in rows for seed in row.seeds})
-    chains = [commands_of(row, seed) for seed in seeds for row in rows if seed in row.seeds]
+    started, chains = time.time(), chains_of(args.claims)
     if args.list:
         return print(*dict.fromkeys(as_typed(command) for chain in chains for command in chain), sep="\n")
-    for name in dict.fromkeys(row.model for row in rows):
+    for name in dict.fromkeys(row.model for row in rows_to_make(args.claims)):
         if not (TINY / name / "config.json").exists():
             raise InputError(f"{TINY / name}: not there; {TINY}/README.md says what makes it")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
